@@ -1,0 +1,54 @@
+"""The last wrapper around every command: errors that a user can cure end in one line, not in a traceback."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+
+from personvit.errors import EXIT_INTERRUPTED, PersonViTError
+from personvit.runtime.distributed import is_main, shutdown
+
+Main = Callable[[list[str] | None], int]
+
+
+class ConsoleHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to whatever standard error is at the time of the message, so that a redirected stream is respected."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record."""
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+def setup_logging(level: int = logging.INFO) -> None:
+    """Send the package's log to standard error, one plain line per message; ranks other than 0 only warn."""
+    package = logging.getLogger("personvit")
+    package.setLevel(level if is_main() else logging.WARNING)
+    if not any(isinstance(handler, ConsoleHandler) for handler in package.handlers):
+        handler = ConsoleHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        package.addHandler(handler)
+
+
+def run(main: Main, argv: Sequence[str] | None = None) -> int:
+    """Call an entry module's `main` and turn what it raises into an exit code.
+
+    Args:
+        main: takes the arguments without the program name, returns the exit code.
+        argv: arguments; None: those of this process.
+
+    Returns:
+        What `main` returned, or the `exit_code` of the `PersonViTError`, or `EXIT_INTERRUPTED` after Ctrl-C.
+    """
+    setup_logging()
+    try:
+        return main(list(sys.argv[1:] if argv is None else argv))
+    except PersonViTError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return EXIT_INTERRUPTED
+    finally:
+        shutdown()
