@@ -1,0 +1,196 @@
+"""Ranking metrics of person ReID: mAP, CMC and mINP under the Market-1501 protocol."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from personvit.errors import DataError
+
+IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class RankingResult:
+    """Retrieval quality over the valid queries.
+
+    A query is valid when the gallery shows its identity in another camera; all others are in no average.
+
+    Attributes:
+        mAP: mean average precision in [0, 1].
+        cmc: [min(max_rank, G)] float32, cmc[k - 1] = share of valid queries with a match among the first k.
+        mINP: mean inverse negative penalty in [0, 1].
+        valid: [Q] bool.
+        all_AP: [valid.sum()] float64, average precision of the valid queries in query order.
+        all_INP: [valid.sum()] float64, likewise.
+    """
+
+    mAP: float
+    cmc: npt.NDArray[np.float32]
+    mINP: float
+    valid: BoolArray
+    all_AP: FloatArray
+    all_INP: FloatArray
+
+    def rank(self, k: int) -> float:
+        """CMC at rank k >= 1, in [0, 1]; beyond the last stored rank it is that rank's value."""
+        return float(self.cmc[min(k, len(self.cmc)) - 1])
+
+
+class Labels(NamedTuple):
+    """Identities and cameras of a query set [Q] and a gallery [G], int64."""
+
+    q_pids: IntArray
+    g_pids: IntArray
+    q_camids: IntArray
+    g_camids: IntArray
+
+
+@dataclass(frozen=True)
+class QueryScores:
+    """Scores of single queries, the parts that a `RankingResult` averages.
+
+    Attributes:
+        first: [Q] int64, 1-based rank of the first match; 0 for an invalid query.
+        average_precision: [Q] float64; 0 for an invalid query.
+        inverse_penalty: [Q] float64; 0 for an invalid query.
+    """
+
+    first: IntArray
+    average_precision: FloatArray
+    inverse_penalty: FloatArray
+
+
+def rank_metrics(
+    distmat: Tensor | npt.NDArray[np.float32],
+    q_pids: npt.ArrayLike,
+    g_pids: npt.ArrayLike,
+    q_camids: npt.ArrayLike,
+    g_camids: npt.ArrayLike,
+    max_rank: int = 50,
+) -> RankingResult:
+    """mAP, CMC and mINP of a distance matrix.
+
+    Per query the gallery is ordered by (distance, gallery index), entries of the same identity in the same camera are
+    taken out (they shift later ranks up), and with R matches left at the 1-based ranks p_1 < ... < p_R:
+    AP = mean_i(i / p_i), INP = R / p_R (Ye et al. 2021, "Deep Learning for Person Re-identification"), and CMC(k) is 1
+    from k = p_1 on. Same numbers as eval_func of hustvl/PersonViT and eval_market1501 of JDAI-CV/fast-reid, except that
+    ties have a defined order and a short gallery is no error: CMC keeps its last value.
+
+    Args:
+        distmat: [Q, G] float, smaller is closer.
+        q_pids: [Q] identities of the queries.
+        g_pids: [G] identities of the gallery.
+        q_camids: [Q] cameras of the queries.
+        g_camids: [G] cameras of the gallery.
+        max_rank: length of `cmc`; cut to G if the gallery is smaller.
+
+    Raises:
+        ValueError: shapes that do not fit together, or max_rank < 1.
+        DataError: NaN in `distmat`, or no valid query; the message counts the causes.
+    """
+    labels = Labels(*(np.asarray(x, dtype=np.int64) for x in (q_pids, g_pids, q_camids, g_camids)))
+    return summarise(score_queries(distmat, labels), labels, max_rank)
+
+
+def score_queries(distmat: Tensor | npt.NDArray[np.float32], labels: Labels) -> QueryScores:
+    """Scores of each query of `distmat` [Q, G], so that a large set can be ranked block by block."""
+    q_pids, g_pids, q_camids, g_camids = labels
+    rows = distmat.detach().cpu().numpy() if isinstance(distmat, Tensor) else np.asarray(distmat)
+    if rows.ndim != 2 or rows.shape != (len(q_pids), len(g_pids)):
+        raise ValueError(f"distmat is {rows.shape}, the labels say ({len(q_pids)}, {len(g_pids)})")
+    if len(q_camids) != len(q_pids) or len(g_camids) != len(g_pids):
+        raise ValueError("pids and camids differ in length")
+    count = len(q_pids)
+    first = np.zeros(count, dtype=np.int64)
+    average_precision = np.zeros(count)
+    inverse_penalty = np.zeros(count)
+    for query in range(count):
+        row = rows[query]
+        if np.isnan(row).any():
+            raise DataError(
+                f"The distances of query {query} hold NaN, so nothing can be ranked. Likely the features are NaN: "
+                f"a diverged checkpoint. Evaluate an earlier one with model.weights=FILE."
+            )
+        same_pid = g_pids == q_pids[query]
+        same_camera = g_camids == q_camids[query]
+        ranks = _match_ranks(row, same_pid & ~same_camera, ~(same_pid & same_camera))
+        if len(ranks):
+            first[query] = ranks[0]
+            average_precision[query] = np.mean(np.arange(1, len(ranks) + 1) / ranks)
+            inverse_penalty[query] = len(ranks) / ranks[-1]
+    return QueryScores(first, average_precision, inverse_penalty)
+
+
+def summarise(scores: QueryScores, labels: Labels, max_rank: int = 50) -> RankingResult:
+    """Average the scores of the valid queries. Arguments and errors as in `rank_metrics`."""
+    if max_rank < 1:
+        raise ValueError(f"max_rank={max_rank}: expected 1 or more")
+    valid = scores.first > 0
+    if not valid.any():
+        raise DataError(_why_no_query_is_valid(labels))
+    length = min(max_rank, len(labels.g_pids))
+    hits = np.bincount(scores.first[valid] - 1, minlength=length)[:length]
+    return RankingResult(
+        mAP=float(scores.average_precision[valid].mean()),
+        cmc=(np.cumsum(hits) / valid.sum()).astype(np.float32),
+        mINP=float(scores.inverse_penalty[valid].mean()),
+        valid=valid,
+        all_AP=scores.average_precision[valid],
+        all_INP=scores.inverse_penalty[valid],
+    )
+
+
+def concatenate(blocks: list[QueryScores]) -> QueryScores:
+    """Join the scores of consecutive blocks of queries."""
+    return QueryScores(
+        np.concatenate([block.first for block in blocks]),
+        np.concatenate([block.average_precision for block in blocks]),
+        np.concatenate([block.inverse_penalty for block in blocks]),
+    )
+
+
+def _match_ranks(row: npt.NDArray[np.floating], match: BoolArray, keep: BoolArray) -> IntArray:
+    """Ascending 1-based ranks [R] of the matches of one query among the kept gallery, by (distance, index).
+
+    The rank of a match is one plus the kept entries before it. Only values are sorted, never the whole gallery's
+    indices; an index order is worked out for tied distances alone.
+    """
+    matches = np.flatnonzero(match)
+    if not len(matches):
+        return matches
+    ordered = np.sort(row[keep])
+    distance = row[matches]
+    before = np.searchsorted(ordered, distance, side="left")
+    tied = np.searchsorted(ordered, distance, side="right") - before > 1
+    for position in np.flatnonzero(tied):
+        index = matches[position]
+        before[position] += np.count_nonzero((row[:index] == row[index]) & keep[:index])
+    return np.sort(before) + 1
+
+
+def _why_no_query_is_valid(labels: Labels) -> str:
+    q_pids, g_pids, q_camids, g_camids = labels
+    if not len(q_pids) or not len(g_pids):
+        return (
+            f"Nothing to evaluate: {len(q_pids)} queries against {len(g_pids)} gallery images. "
+            f"Check the folders of the data set with data.root=FOLDER."
+        )
+    absent = int((~np.isin(q_pids, g_pids)).sum())
+    own_camera = len(q_pids) - absent
+    if own_camera > absent:
+        cameras = len(np.unique(np.concatenate([q_camids, g_camids])))
+        cause = f"Likely cause: the camera labels ({cameras} distinct) are wrong, or the set has one camera only"
+    else:
+        cause = "Likely cause: query and gallery come from different data sets, or a label file is shifted"
+    return (
+        f"None of the {len(q_pids)} queries can be evaluated: {absent} have an identity that is absent from the "
+        f"gallery, {own_camera} one that the gallery shows in their own camera only (a match must come "
+        f"from another camera). {cause}. Check the file names under data.root, then run personvit evaluate again."
+    )
