@@ -8,17 +8,9 @@ from collections.abc import Callable, Sequence
 
 from personvit.errors import EXIT_INTERRUPTED, PersonViTError
 from personvit.runtime.distributed import is_main, shutdown
+from personvit.runtime.progress import ConsoleHandler
 
 Main = Callable[[list[str] | None], int]
-
-
-class ConsoleHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes to whatever standard error is at the time of the message, so that a redirected stream is respected."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write one record."""
-        self.stream = sys.stderr
-        super().emit(record)
 
 
 def setup_logging(level: int = logging.INFO) -> None:
