@@ -1,0 +1,78 @@
+"""Masks of the masked image modelling task: which patches of a global crop the student does not see."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from personvit import ops
+from personvit.config import MasksConfig
+from personvit.runtime.seed import stream_seed
+
+_RATIO, _PLACE = 0, 1  # separate random streams of one seed
+
+
+class BlockMaskGenerator:
+    """Draw masks over the patch grid of the global crops (bytedance/ibot loader.py, ImageFolderMask).
+
+    Each crop draws on its own: one of the (mean, half width) pairs uniformly, then the ratio from
+    U(mean - half width, mean + half width), then either blocks until the ratio is (nearly, never more than) reached,
+    or, with shape `rand`, exactly floor(ratio * cells) cells. iBOT draws from every pair before it chooses; the
+    distribution is the same.
+
+    Crop i of a seed depends on (seed, first + i) alone, so a batch may be cut into any parts.
+
+    Args:
+        cfg: ratios, aspect range and shape.
+        grid: patch rows and columns of a global crop.
+    """
+
+    def __init__(self, cfg: MasksConfig, grid: tuple[int, int]) -> None:
+        self.cfg = cfg
+        self.grid = grid
+        self._mean = np.asarray(cfg.ratio, dtype=np.float64)
+        self._half_width = np.asarray(cfg.ratio_var, dtype=np.float64)
+
+    def __call__(self, count: int, seed: int, first: int = 0, enabled: bool = True) -> Tensor:
+        """Draw the masks of crops first ... first + count - 1.
+
+        Args:
+            count: number of crops.
+            seed: 63-bit stream seed.
+            first: number of the first crop within the stream.
+            enabled: False (epochs before the masking starts): nothing is masked.
+
+        Returns:
+            [count, rows, columns] bool, True = masked.
+        """
+        height, width = self.grid
+        if not enabled or count == 0:
+            return torch.zeros(count, height, width, dtype=torch.bool)
+        targets = self.ratios(count, seed, first) * (height * width)
+        place = stream_seed(seed, _PLACE)
+        if self.cfg.shape == "block":
+            wanted = torch.from_numpy(targets.astype(np.float32))
+            return ops.block_masks(wanted, height, width, place, first=first, aspect=self.cfg.aspect)
+        keys = _uniform(count, height * width, place, first)
+        # A cell's rank among random keys is a random permutation of the cells; ties of 53-bit keys do not occur.
+        ranks = keys.argsort(axis=1).argsort(axis=1)
+        masks = ranks < targets.astype(np.int64)[:, None]
+        return torch.from_numpy(masks.reshape(count, height, width))
+
+    def ratios(self, count: int, seed: int, first: int = 0) -> np.ndarray:
+        """Wanted share of masked patches of each crop, [count] float64."""
+        draws = _uniform(count, 2, stream_seed(seed, _RATIO), first)
+        pair = (draws[:, 0] * len(self._mean)).astype(np.int64)
+        ratios: np.ndarray = self._mean[pair] + self._half_width[pair] * (2 * draws[:, 1] - 1)
+        return ratios
+
+
+def _uniform(rows: int, columns: int, seed: int, first: int) -> np.ndarray:
+    """[rows, columns] float64 in [0, 1), row i a function of (seed, first + i): Philox counts in blocks of 4."""
+    blocks = -(-columns // 4)
+    generator = np.random.Philox(key=seed)
+    generator.advance(first * blocks)
+    raw = generator.random_raw(rows * blocks * 4).reshape(rows, blocks * 4)[:, :columns]
+    uniform: np.ndarray = (raw >> np.uint64(11)) * 2.0**-53
+    return uniform
