@@ -1,0 +1,331 @@
+"""Vision transformer for person crops: rectangular position grid, packed token stream, optional mask token.
+
+Architecture and state-dict names follow bytedance/ibot models/vision_transformer.py (which are also timm's); the
+position table of H/16 x W/16 cells is row-major, as in damo-cv/TransReID-SSL dino/vision_transformer.py.
+
+All crops of a step travel as one stream of tokens [T, D]: norms, linear layers and MLPs see one large matrix, only
+attention is launched once per sequence length. `forward` is the same code with a single group.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from personvit.errors import ConfigError
+from personvit.ops import packed_attention
+
+Groups = Sequence[tuple[int, int]]
+"""(number of sequences, tokens per sequence) for each resolution, in stream order."""
+
+
+class PatchEmbed(nn.Module):
+    """Cuts an image into patches and projects each to a token."""
+
+    def __init__(self, patch_size: int, embed_dim: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, N, D], N row-major over the patch grid."""
+        tokens: Tensor = self.proj(images).flatten(2).transpose(1, 2)
+        return tokens
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention inside each sequence of a packed stream."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def _split(self, tokens: Tensor) -> Tensor:
+        qkv: Tensor = self.qkv(tokens)
+        return qkv.view(len(tokens), 3, self.num_heads, -1)  # [T, 3, H, Dh]
+
+    def forward(self, tokens: Tensor, groups: Groups) -> Tensor:
+        """[T, D] -> [T, D]."""
+        attended = packed_attention(self._split(tokens), groups)  # [T, H, Dh]
+        projected: Tensor = self.proj(attended.flatten(1))
+        return projected
+
+    def weights(self, tokens: Tensor, batch: int) -> Tensor:
+        """Softmaxed attention [B, H, N, N] of B equally long sequences given as one stream [B*N, D]."""
+        qkv = self._split(tokens)
+        query, key, _ = qkv.view(batch, -1, *qkv.shape[1:]).permute(2, 0, 3, 1, 4)  # 3 x [B, H, N, Dh]
+        scores = query.float() @ key.float().transpose(-2, -1)
+        weights: Tensor = (scores / math.sqrt(query.shape[-1])).softmax(dim=-1)
+        return weights
+
+
+class Mlp(nn.Module):
+    """Linear, exact GELU, linear."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        output: Tensor = self.fc2(F.gelu(self.fc1(tokens)))
+        return output
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block on a packed stream."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, tokens: Tensor, groups: Groups, scales: Tensor | None = None) -> Tensor:
+        """One block.
+
+        Args:
+            tokens: [T, D].
+            groups: sequences of the stream.
+            scales: [2, T, 1] float32 drop path factors of the attention and the MLP branch (0 or 1/keep); None: 1.
+
+        Returns:
+            [T, D].
+        """
+        attended = self.attn(self.norm1(tokens), groups)
+        tokens = tokens + attended if scales is None else torch.addcmul(tokens, attended, scales[0])
+        mixed = self.mlp(self.norm2(tokens))
+        return tokens + mixed if scales is None else torch.addcmul(tokens, mixed, scales[1])
+
+
+@functools.lru_cache(maxsize=32)
+def position_resize_matrix(old: tuple[int, int], new: tuple[int, int], device: torch.device) -> Tensor:
+    """Bicubic resampling of a position grid as a matrix.
+
+    The published code (bytedance/ibot, DINO) resamples by the factor (new + 0.1) / old, which guards its floor() and
+    also moves the sampling points a little; we keep that choice, so that our positions equal theirs. The map is
+    linear: applied as a matrix it is deterministic on CUDA too, where the backward of bicubic upsampling is not.
+
+    Args:
+        old: rows, columns of the table.
+        new: rows, columns wanted.
+        device: where the matrix lives.
+
+    Returns:
+        [new rows * new columns, old rows * old columns] float64.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        basis = torch.eye(old[0] * old[1], dtype=torch.float64).view(-1, 1, *old)
+        factor = ((new[0] + 0.1) / old[0], (new[1] + 0.1) / old[1])
+        resized = F.interpolate(basis, scale_factor=factor, mode="bicubic", align_corners=False)  # [old cells, 1, h, w]
+        return resized.flatten(1).t().contiguous().to(device)
+
+
+class VisionTransformer(nn.Module):
+    """ViT whose output is the CLS token and all patch tokens after the final norm.
+
+    Args:
+        img_size: height, width in pixels that the position table is made for.
+        patch_size: side of a patch in pixels.
+        embed_dim: token width D.
+        depth: number of blocks.
+        num_heads: attention heads; divides `embed_dim`.
+        mlp_ratio: hidden width of the MLP over D.
+        drop_path_rate: stochastic depth of the last block, linear from 0 at the first; in training mode only.
+        masked_embed: own a mask token (students only; the published teachers have none).
+
+    Raises:
+        ConfigError: sizes that do not divide.
+    """
+
+    def __init__(
+        self,
+        img_size: tuple[int, int] = (256, 128),
+        patch_size: int = 16,
+        embed_dim: int = 384,
+        depth: int = 12,
+        num_heads: int = 6,
+        mlp_ratio: float = 4.0,
+        drop_path_rate: float = 0.0,
+        masked_embed: bool = False,
+    ) -> None:
+        super().__init__()
+        if embed_dim % num_heads:
+            raise ConfigError(f"embed_dim={embed_dim} is not divisible by num_heads={num_heads}. Change one of them.")
+        self.img_size = (int(img_size[0]), int(img_size[1]))
+        self.patch_size = patch_size
+        self.embed_dim = embed_dim
+        self.depth = depth
+        self.num_heads = num_heads
+        self.mlp_ratio = mlp_ratio
+        self.drop_path_rates = torch.linspace(0, drop_path_rate, depth, dtype=torch.float64).tolist()
+        self.grid = self._grid_of(*self.img_size)
+        self.patch_embed = PatchEmbed(patch_size, embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], embed_dim))
+        self.masked_embed = nn.Parameter(torch.zeros(1, embed_dim)) if masked_embed else None
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        # The patch convolution keeps torch's default, as published.
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def _grid_of(self, height: int, width: int) -> tuple[int, int]:
+        patch = self.patch_size
+        if height < patch or width < patch or height % patch or width % patch:
+            fit = [max(1, round(side / patch)) * patch for side in (height, width)]
+            raise ConfigError(
+                f"An image of {height}x{width} (height x width) cannot be cut into whole patches of {patch} pixels. "
+                f"Nearest size that fits: {fit[0]}x{fit[1]}."
+            )
+        return height // patch, width // patch
+
+    def position_table(self, grid: tuple[int, int]) -> Tensor:
+        """Positions [1, 1 + h*w, D] for a patch grid of h rows and w columns; the CLS position is never resized."""
+        if grid == self.grid:
+            return self.pos_embed
+        # Autocast would round positions to bfloat16; the product is tiny.
+        with torch.autocast(self.pos_embed.device.type, enabled=False):
+            matrix = position_resize_matrix(self.grid, grid, self.pos_embed.device).to(self.pos_embed.dtype)
+            return torch.cat([self.pos_embed[:, :1], matrix @ self.pos_embed[:, 1:]], dim=1)
+
+    def _assemble(self, images: Tensor, masks: Tensor | None) -> Tensor:
+        """Images [B, 3, H, W] and masks [B, N] -> tokens with CLS and positions [B, 1 + N, D]."""
+        grid = self._grid_of(images.shape[2], images.shape[3])
+        tokens = self.patch_embed(images)  # [B, N, D]
+        if masks is not None:
+            if self.masked_embed is None:
+                raise ConfigError(
+                    "Masks were given to a backbone without a mask token: build it with masked_embed=True."
+                )
+            # where() rather than indexed assignment: the mask token takes part in the graph even if nothing is masked,
+            # which DistributedDataParallel needs.
+            tokens = torch.where(masks.unsqueeze(-1), self.masked_embed.to(tokens.dtype), tokens)
+        positions = self.position_table(grid)
+        cls_token = (self.cls_token + positions[:, :1]).expand(len(images), -1, -1)
+        return torch.cat([cls_token, tokens + positions[:, 1:]], dim=1)
+
+    def _drop_path_scales(self, groups: Groups, device: torch.device) -> list[Tensor | None]:
+        """Per block [2, T, 1] factors: each sequence is dropped or kept as a whole, attention and MLP separately."""
+        if not self.training or not any(self.drop_path_rates):
+            return [None] * self.depth
+        sequences = sum(count for count, _ in groups)
+        lengths = torch.cat([torch.full((count,), length, device=device) for count, length in groups])
+        tokens = sum(count * length for count, length in groups)
+        sequence_of = torch.arange(sequences, device=device).repeat_interleave(lengths, output_size=tokens)  # [T]
+        keep = 1 - torch.tensor(self.drop_path_rates, dtype=torch.float32, device=device).view(-1, 1, 1)
+        kept = torch.rand(self.depth, 2, sequences, device=device) < keep
+        scales = (kept / keep).index_select(2, sequence_of).unsqueeze(-1)  # [depth, 2, T, 1]
+        return [scale if rate else None for scale, rate in zip(scales, self.drop_path_rates, strict=True)]
+
+    def _stream(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Tensor, list[tuple[int, int]]]:
+        """Crops of several resolutions -> one token stream [T, D] before the first block, and its groups."""
+        sequences = [self._assemble(images, mask) for images, mask in zip(crops, masks, strict=True)]
+        groups = [(tokens.shape[0], tokens.shape[1]) for tokens in sequences]
+        return torch.cat([tokens.flatten(0, 1) for tokens in sequences]), groups
+
+    def forward_packed(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> list[Tensor]:
+        """Crops of several resolutions through the blocks as one token stream.
+
+        Args:
+            crops: [B_i, 3, H_i, W_i] per resolution.
+            masks: [B_i, N_i] bool per resolution (True: the patch is replaced by the mask token before positions are
+                added), or None.
+
+        Returns:
+            Tokens [B_i, 1 + N_i, D] per resolution after the final norm, equal to separate forwards.
+        """
+        stream, groups = self._stream(crops, masks)
+        for block, scales in zip(self.blocks, self._drop_path_scales(groups, stream.device), strict=True):
+            stream = block(stream, groups, scales)
+        parts = self.norm(stream).split([count * length for count, length in groups])
+        return [part.view(count, length, -1) for part, (count, length) in zip(parts, groups, strict=True)]
+
+    def forward(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
+        """Images [B, 3, H, W], optional masks [B, N] bool -> tokens [B, 1 + N, D] after the final norm, CLS first."""
+        return self.forward_packed([images], [masks])[0]
+
+    def embed(self, images: Tensor) -> Tensor:
+        """CLS token [B, D] after the final norm."""
+        return self.forward(images)[:, 0]
+
+    def intermediate(self, images: Tensor, n: int = 1) -> list[Tensor]:
+        """Tokens [B, 1 + N, D] after the final norm of each of the last `n` blocks, in block order."""
+        if not 1 <= n <= self.depth:
+            raise ConfigError(f"n={n} blocks were asked for; this model has {self.depth}. Choose 1 to {self.depth}.")
+        stream, groups = self._stream([images], [None])
+        outputs = []
+        for index, block in enumerate(self.blocks):
+            stream = block(stream, groups)
+            if index >= self.depth - n:
+                outputs.append(self.norm(stream).view(*groups[0], -1))
+        return outputs
+
+    def last_attention(self, images: Tensor) -> Tensor:
+        """Softmaxed attention of the last block [B, heads, 1 + N, 1 + N] float32, rows are queries."""
+        stream, groups = self._stream([images], [None])
+        for block in self.blocks[:-1]:
+            stream = block(stream, groups)
+        last = self.blocks[-1]
+        assert isinstance(last, Block)
+        return last.attn.weights(last.norm1(stream), len(images))
+
+
+def _build(embed_dim: int, depth: int, num_heads: int, overrides: dict[str, object]) -> VisionTransformer:
+    settings: dict[str, object] = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, **overrides}
+    return VisionTransformer(**settings)  # type: ignore[arg-type]
+
+
+def vit_micro(**overrides: object) -> VisionTransformer:
+    """D=128, 4 blocks, 4 heads: small enough to pre-train on a laptop's CPU."""
+    return _build(128, 4, 4, overrides)
+
+
+def vit_tiny(**overrides: object) -> VisionTransformer:
+    """D=192, 12 blocks, 3 heads."""
+    return _build(192, 12, 3, overrides)
+
+
+def vit_small(**overrides: object) -> VisionTransformer:
+    """D=384, 12 blocks, 6 heads: PersonViT-S, 21,639,552 parameters at 256x128."""
+    return _build(384, 12, 6, overrides)
+
+
+def vit_base(**overrides: object) -> VisionTransformer:
+    """D=768, 12 blocks, 12 heads: PersonViT-B, 85,746,432 parameters at 256x128."""
+    return _build(768, 12, 12, overrides)
+
+
+ARCHITECTURES: dict[str, Callable[..., VisionTransformer]] = {
+    "vit_micro": vit_micro,
+    "vit_tiny": vit_tiny,
+    "vit_small": vit_small,
+    "vit_base": vit_base,
+}
+
+
+def build_vit(arch: str, **overrides: object) -> VisionTransformer:
+    """A backbone by name; `overrides` are arguments of `VisionTransformer`.
+
+    Raises:
+        ConfigError: no such architecture.
+    """
+    if arch not in ARCHITECTURES:
+        raise ConfigError(f"model.arch={arch} is unknown. Choose one of {', '.join(ARCHITECTURES)}.")
+    return ARCHITECTURES[arch](**overrides)
