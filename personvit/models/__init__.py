@@ -1,0 +1,19 @@
+"""Backbones, heads, the student-teacher pair and their weights."""
+
+from __future__ import annotations
+
+from personvit.models.heads import ProjectionHead
+from personvit.models.ssl import SSLOutputs, StudentTeacher
+from personvit.models.vit import VisionTransformer, build_vit, vit_base, vit_micro, vit_small, vit_tiny
+
+__all__ = [
+    "ProjectionHead",
+    "SSLOutputs",
+    "StudentTeacher",
+    "VisionTransformer",
+    "build_vit",
+    "vit_base",
+    "vit_micro",
+    "vit_small",
+    "vit_tiny",
+]
