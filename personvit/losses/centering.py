@@ -1,0 +1,117 @@
+"""What turns teacher logits into targets: centre and temperature, or Sinkhorn-Knopp."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from personvit.runtime.distributed import all_reduce_sum, world_size
+
+
+def temperature_schedule(
+    first: float, final: float, warmup_epochs: int, epochs: int, delay: int = 0
+) -> NDArray[np.float64]:
+    """Teacher temperature of each epoch (bytedance/ibot main_ibot.py, iBOTLoss).
+
+    Args:
+        first: temperature at the start.
+        final: temperature from the end of the warm-up on.
+        warmup_epochs: linear from `first` to `final`, both included.
+        epochs: length of the run.
+        delay: epochs at `first` before the warm-up begins (patches, when masking starts late).
+
+    Returns:
+        [epochs] float64.
+    """
+    ramp = np.linspace(first, final, warmup_epochs)
+    constant = np.full(max(0, epochs - delay - warmup_epochs), float(final))
+    schedule: NDArray[np.float64] = np.concatenate([np.full(delay, float(first)), ramp, constant])
+    return schedule[:epochs]
+
+
+@torch.no_grad()
+def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
+    """Targets whose rows sum to 1 and whose columns share the batch evenly, over all ranks.
+
+    facebookresearch/dinov2, dinov2/loss/dino_clstoken_loss.py (after SwAV, arXiv 2006.09882): alternately scale the
+    prototypes to equal mass and the samples to mass 1.
+
+    Args:
+        logits: [M, K] teacher logits of this rank; M may be 0 and may differ between ranks.
+        temperature: softmax temperature.
+        iterations: alternations.
+
+    Returns:
+        [M, K] float32.
+    """
+    scaled = logits.float() / temperature
+    # Any constant cancels in the first scaling, if all ranks use the same one; this one keeps exp() finite.
+    peak = scaled.max() if scaled.numel() else scaled.new_zeros(())
+    scaled = scaled - all_reduce_sum(peak.clone()) / world_size()
+    mass = scaled.exp()
+    prototypes = mass.shape[1]
+    for _ in range(iterations):
+        per_prototype = all_reduce_sum(mass.sum(dim=0, keepdim=True))
+        mass = mass / (per_prototype * prototypes)
+        mass = mass / mass.sum(dim=1, keepdim=True)
+    return mass
+
+
+class TeacherTargets(nn.Module):
+    """Teacher probabilities, and the moving centre of the teacher's logits.
+
+    The centre follows bytedance/ibot main_ibot.py: c <- m * c + (1 - m) * mean(raw teacher logits over all ranks),
+    after the loss that used the old c. `accumulate` only sums; `apply_centre` does the update, once per optimiser step,
+    so that n micro-batches give the centre of one large batch.
+
+    Args:
+        name: name of the centre in the state dict.
+        shape: shape of the centre; its last axis is the number of prototypes K.
+        momentum: m; 1 never moves the centre.
+        centering: "centre" or "sinkhorn" (no centre is used).
+        sinkhorn_iterations: alternations of Sinkhorn-Knopp.
+    """
+
+    def __init__(
+        self, name: str, shape: tuple[int, ...], momentum: float, centering: str, sinkhorn_iterations: int
+    ) -> None:
+        super().__init__()
+        self._centre_name = name
+        self.centre_momentum = momentum
+        self.centering = centering
+        self.sinkhorn_iterations = sinkhorn_iterations
+        self.register_buffer(name, torch.zeros(shape))
+        self._pending: Tensor | None = None  # [K + 1] float32: sum of logits, and how many
+
+    @property
+    def centre(self) -> Tensor:
+        """The buffer that holds the centre."""
+        return self.get_buffer(self._centre_name)
+
+    @torch.no_grad()
+    def targets(self, teacher_logits: Tensor, temperature: float) -> Tensor:
+        """Teacher probabilities [M, K] float32 of raw logits [M, K]; rows sum to 1."""
+        if self.centering == "sinkhorn":
+            return sinkhorn_knopp(teacher_logits, temperature, self.sinkhorn_iterations)
+        return ((teacher_logits.float() - self.centre.flatten()) / temperature).softmax(dim=-1)
+
+    @torch.no_grad()
+    def _add(self, logit_sum: Tensor, count: int) -> None:
+        entry = torch.cat([logit_sum.float().flatten(), logit_sum.new_full((1,), count, dtype=torch.float32)])
+        self._pending = entry if self._pending is None else self._pending + entry
+
+    @torch.no_grad()
+    def apply_centre(self) -> None:
+        """Move the centre by what was accumulated on all ranks since the last call; every rank must call it."""
+        if self.centering == "sinkhorn" or self._pending is None:
+            return
+        total = all_reduce_sum(self._pending)
+        self._pending = None
+        mean = (total[:-1] / total[-1]).view_as(self.centre)
+        self.centre.lerp_(mean, 1.0 - self.centre_momentum)
+
+    def discard(self) -> None:
+        """Forget what was accumulated (a step that is skipped because it is not finite)."""
+        self._pending = None
