@@ -1,0 +1,1 @@
+"""The training loop, checkpoints and resuming, health and the retrieval probe."""
