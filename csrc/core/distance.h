@@ -1,0 +1,32 @@
+// Squared euclidean distance in float32, as the sum of squared differences.
+//
+// |q|^2 + |g|^2 - 2<q, g> would be one matrix product, but for unit vectors its error is a constant 1e-7 or so however
+// small the distance is: duplicates get distances that are not zero, may be negative, and depend on the blocking of the
+// product. Differences are exact for near neighbours and give ties exactly where ties are.
+#pragma once
+
+#include <cstdint>
+
+#include "core/macros.h"
+
+namespace personvit {
+
+// The order of the sum, the same everywhere: 32 consecutive features one after the other, then these partial sums one
+// after the other. Against one running sum over D features it divides the rounding error by about min(32, D / 32).
+constexpr int64_t kSumBlock = 32;
+
+PERSONVIT_HD inline float squared_distance(const float* a, const float* b, int64_t features) {
+  float total = 0.0f;
+  for (int64_t start = 0; start < features; start += kSumBlock) {
+    const int64_t stop = start + kSumBlock < features ? start + kSumBlock : features;
+    float partial = 0.0f;
+    for (int64_t d = start; d < stop; ++d) {
+      const float difference = a[d] - b[d];
+      partial += difference * difference;
+    }
+    total += partial;
+  }
+  return total;
+}
+
+}  // namespace personvit

@@ -1,0 +1,159 @@
+"""Which implementation of an operator runs: one choice for the whole process, made visible.
+
+An operator has a plain `reference` and any number of faster implementations, listed fastest first for each type of
+device. `auto` takes the first one that can run; `fused` insists on the very first; `reference` takes the plain one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from personvit.errors import BackendUnavailableError, ConfigError
+
+log = logging.getLogger(__name__)
+
+MODES = ("auto", "reference", "fused")
+
+WhyNot = Callable[[str], "tuple[str, str] | None"]
+"""Takes a type of device; returns (reason, remedy) where an implementation cannot run, None where it can."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an operator."""
+
+    backend: str
+    """reference, sdpa, native, triton, xformers."""
+    function: Callable[..., Any]
+    devices: tuple[str, ...]
+    """Types of device that it is made for."""
+    about: str
+    """What it is, for the report."""
+    why_not: WhyNot = lambda device: None
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator and its implementations, fastest first; `reference` runs everywhere."""
+
+    name: str
+    reference: Implementation
+    faster: tuple[Implementation, ...]
+
+    def candidates(self, device: str) -> list[Implementation]:
+        """The faster implementations made for a type of device."""
+        return [implementation for implementation in self.faster if device in implementation.devices]
+
+
+class ReportRow(NamedTuple):
+    """Which backend computes an operator, and why that one."""
+
+    op: str
+    backend: str
+    reason: str
+
+
+_operators: dict[str, Operator] = {}
+_functions: dict[tuple[str, str], Callable[..., Any]] = {}
+_mode = "auto"
+_chosen: dict[tuple[str, str], str] = {}
+
+
+def register(operator: Operator) -> None:
+    """Make an operator known. Called by the modules of `personvit.ops`."""
+    _operators[operator.name] = operator
+    for implementation in (operator.reference, *operator.faster):
+        _functions[operator.name, implementation.backend] = implementation.function
+
+
+def call(name: str, device: str, *args: Any) -> Any:
+    """Compute an operator on tensors of a type of device with the implementation chosen for it."""
+    return _functions[name, choose(name, device)](*args)
+
+
+def get_backend() -> str:
+    """The mode in force: auto, reference or fused."""
+    return _mode
+
+
+def set_backend(mode: str) -> None:
+    """Set how implementations are chosen, for every operator of this process.
+
+    Args:
+        mode: `auto`, `reference`, or `fused`.
+
+    Raises:
+        ConfigError: any other mode.
+        BackendUnavailableError: `fused`, and the fastest implementation of an operator cannot run on this device.
+    """
+    global _mode
+    if mode not in MODES:
+        raise ConfigError(f"kernels.backend={mode} is not one of {', '.join(MODES)}. Example: kernels.backend=auto")
+    device = default_device()
+    if mode == "fused":
+        for operator in _operators.values():
+            _choose(operator, device, mode)
+    _mode = mode
+    _chosen.clear()
+    if mode == "fused" and device == "cpu":
+        rows = ", ".join(f"{row.op}: {row.backend} ({row.reason})" for row in report(device))
+        log.info("No CUDA device is visible, so Triton kernels are off. On the CPU the operators run as: %s", rows)
+
+
+def default_device() -> str:
+    """Type of the device that runs train on here: cuda where one is visible, else cpu."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a compiled function keeps the choice of its first call
+def choose(name: str, device: str) -> str:
+    """The backend that computes an operator on a type of device; logs the choice the first time.
+
+    Raises:
+        BackendUnavailableError: the mode is `fused` and the fastest implementation cannot run.
+    """
+    key = (name, device)
+    if key not in _chosen:
+        implementation, reason = _choose(_operators[name], device, _mode)
+        level = logging.INFO
+        if _mode == "auto" and implementation.backend == "reference" and _operators[name].candidates(device):
+            level = logging.WARNING  # slow, and not what was asked for
+        log.log(level, "%s on %s: %s (%s)", name, device, implementation.backend, reason)
+        _chosen[key] = implementation.backend
+    return _chosen[key]
+
+
+def report(device: str | None = None) -> list[ReportRow]:
+    """What every operator runs on a type of device (default: the one that runs train on here), and why."""
+    device = device or default_device()
+    rows = []
+    for name, operator in sorted(_operators.items()):
+        try:
+            implementation, reason = _choose(operator, device, _mode)
+            rows.append(ReportRow(name, implementation.backend, reason))
+        except BackendUnavailableError as error:
+            rows.append(ReportRow(name, "unavailable", str(error)))
+    return rows
+
+
+def _choose(operator: Operator, device: str, mode: str) -> tuple[Implementation, str]:
+    if mode == "reference":
+        return operator.reference, f"{operator.reference.about}; kernels.backend=reference"
+    obstacles: list[str] = []
+    for candidate in operator.candidates(device):
+        obstacle = candidate.why_not(device)
+        if obstacle is None:
+            return candidate, "; ".join([candidate.about, *obstacles])
+        reason, remedy = obstacle
+        if mode == "fused":
+            raise BackendUnavailableError(
+                f"--fused: {operator.name} cannot run its {candidate.backend} implementation on {device}: {reason}. "
+                f"Remedy: {remedy}. Or take what is there: kernels.backend=auto"
+            )
+        obstacles.append(f"not {candidate.backend}: {reason}, remedy: {remedy}")
+    return operator.reference, "; ".join([operator.reference.about, *obstacles])

@@ -1,0 +1,96 @@
+"""Builds personvit._C (and personvit._C_cuda) with CMake. Everything else about the package is in pyproject.toml.
+
+Environment: PERSONVIT_CUDA=AUTO|ON|OFF, PERSONVIT_CUDA_ARCHS="80-real;90-real", CMAKE_ARGS, MAX_JOBS.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+def _tool(name: str) -> str:
+    """The tool beside this Python (pip put it there) before the one of the system."""
+    found = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    if found is None:
+        raise SystemExit(f"error: {name} was not found. Install it: {sys.executable} -m pip install {name}")
+    return found
+
+
+def _torch_folder() -> Path:
+    spec = importlib.util.find_spec("torch")  # where it lies; importing it would cost seconds
+    if spec is None or spec.origin is None:
+        raise SystemExit(f"error: torch was not found. Install it: {sys.executable} -m pip install 'torch>=2.11'")
+    return Path(spec.origin).parent
+
+
+def _is_isolated() -> bool:
+    """Whether pip, build or uv made an environment for this build alone: its paths are gone afterwards."""
+    torch_at = _torch_folder().resolve()
+    return Path(tempfile.gettempdir()).resolve() in torch_at.parents or any(
+        part.startswith(("pip-build-env-", "builds-v", ".tmp")) for part in torch_at.parts
+    )
+
+
+class CMakeBuild(build_ext):
+    """Runs CMake in a folder that is kept between calls, and puts every module that it built into the package."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """The operators are registered with torch, no Python symbol is used: no Python version in the name."""
+        return os.path.join(*fullname.split(".")) + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        """Configure, build, copy."""
+        key = hashlib.sha256(f"{_torch_folder()}|{sys.executable}".encode()).hexdigest()[:10]
+        folder = ROOT / "build" / f"cmake-{key}"  # CMake's cache names tools and torch by path: one folder for each
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            built = self._run_cmake(folder)
+            targets = {Path(self.get_ext_fullpath(ext.name)).resolve().parent}
+            if self.inplace or self.editable_mode:
+                targets.add(ROOT / "personvit")  # setuptools itself copies back only the declared file
+            for target in targets:
+                target.mkdir(parents=True, exist_ok=True)
+                (target / "_C_cuda.so").unlink(missing_ok=True)  # may be left from a build with CUDA
+                for module in built:
+                    # Not written over in place: a process that has the old one loaded keeps it.
+                    (target / module.name).unlink(missing_ok=True)
+                    shutil.copy2(module, target / module.name)
+        finally:
+            if _is_isolated():
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _run_cmake(self, folder: Path) -> list[Path]:
+        cmake = _tool("cmake")
+        options = [f"-DPython_EXECUTABLE={sys.executable}", "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}"]
+        options += [f"-D{name}={os.environ.get(name, default)}" for name, default in (("PERSONVIT_CUDA", "AUTO"),)]
+        if "PERSONVIT_CUDA_ARCHS" in os.environ:
+            options.append(f"-DPERSONVIT_CUDA_ARCHS={os.environ['PERSONVIT_CUDA_ARCHS']}")
+        options += shlex.split(os.environ.get("CMAKE_ARGS", ""))
+        jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+        for module in folder.glob("_C*.so"):
+            module.unlink()  # what this call does not build must not be installed
+        subprocess.run([cmake, "-S", str(ROOT), "-B", str(folder), *options], check=True)
+        subprocess.run([cmake, "--build", str(folder), "-j", jobs], check=True)
+        return sorted(folder.glob("_C*.so"))
+
+
+setup(
+    packages=[*find_packages(include=["personvit", "personvit.*"]), "personvit.kernels"],
+    package_dir={"personvit.kernels": "kernels"},
+    ext_modules=[Extension("personvit._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
