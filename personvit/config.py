@@ -63,7 +63,7 @@ class DataConfig:
     prefetch: int = 2
     """Batches each reader keeps ready."""
     probe_root: str | None = None
-    """Labelled set (Market-1501 layout) for the periodic retrieval probe. None: that of the generated persons, if used."""
+    """Labelled set (Market-1501 layout) for the periodic retrieval probe. None: the generated persons', if used."""
     generated_train: int = 8000
     """Images of the generated unlabelled pool."""
     generated_test_ids: int = 100
@@ -92,7 +92,7 @@ class CropsConfig:
     local_scale: tuple[float, float] = (0.05, 0.8)
     """Area fraction; reading A (inferred)."""
     aspect_ratio: tuple[float, float] = (0.375, 0.6667)
-    """Width / height of the cut box: lower bound from the released names (inferred), upper one log-symmetric about 1/2."""
+    """Width / height of the cut box: lower bound from released names, upper one log-symmetric about 1/2 (inferred)."""
     flip: float = 0.5
     """(iBOT)."""
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
@@ -242,7 +242,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _check(self.lr > 0, "optim.lr", self.lr, "more than 0")
-        _check(0 <= self.min_lr, "optim.min_lr", self.min_lr, "0 or more")
+        _check(self.min_lr >= 0, "optim.min_lr", self.min_lr, "0 or more")
         _check(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "0 or more")
         _check(self.clip_grad >= 0, "optim.clip_grad", self.clip_grad, "0 (off) or more")
         _check_probability("optim.momentum", self.momentum)
@@ -381,15 +381,7 @@ def load_config(schema: type[C], recipe: str | None = None, overrides: list[str]
         ConfigError: unknown key (with the nearest match), wrong type, value out of range, or no such recipe.
     """
     merged = OmegaConf.structured(schema)
-    layers: list[tuple[str, Any]] = []
-    if recipe is not None:
-        layers.append((f"recipe {recipe}", _read_recipe(recipe)))
-    for item in overrides or []:
-        key, separator, _ = item.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"{item!r} is not key=value. Example: train.batch_size=64")
-        layers.append((item, OmegaConf.from_dotlist([item])))
-    for origin, layer in layers:
+    for origin, layer in _layers(recipe, overrides):
         try:
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
@@ -413,6 +405,24 @@ def to_plain(config: object) -> dict[str, Any]:
     plain = OmegaConf.to_container(OmegaConf.structured(config))
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
+
+
+def given_yaml(recipe: str | None, overrides: list[str] | None = None) -> str:
+    """What the user gave, recipe and overrides merged, as YAML text that `load_config` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.merge(*(layer for _, layer in _layers(recipe, overrides))))
+
+
+def _layers(recipe: str | None, overrides: list[str] | None) -> list[tuple[str, Any]]:
+    """(origin, values) of the recipe and of every override, in the order in which they apply."""
+    layers: list[tuple[str, Any]] = []
+    if recipe is not None:
+        layers.append((f"recipe {recipe}", _read_recipe(recipe)))
+    for item in overrides or []:
+        key, separator, _ = item.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"{item!r} is not key=value. Example: train.batch_size=64")
+        layers.append((item, OmegaConf.from_dotlist([item])))
+    return layers
 
 
 def _read_recipe(recipe: str) -> DictConfig:

@@ -7,13 +7,14 @@ process they return 1, the tensor itself, and True.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from personvit.errors import ConfigError
+from personvit.errors import ConfigError, PersonViTError
 
 _TIMEOUT = timedelta(minutes=30)  # a rank may wait for rank 0 to render the generated persons or to run the probe
 
@@ -93,6 +94,23 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     if not dist.is_initialized():
         return flag
     return bool(all_reduce_sum(torch.tensor(float(flag), device=device)).item() > 0)
+
+
+def on_main(action: Callable[[], None], device: torch.device) -> None:
+    """Run `action` on rank 0 while the others wait for its end; if it fails, every rank stops.
+
+    Raises:
+        PersonViTError: on rank 0, what the action raised.
+        SystemExit: on the other ranks, quietly: rank 0 explains.
+    """
+    failure: PersonViTError | None = None
+    if is_main():
+        try:
+            action()
+        except PersonViTError as error:
+            failure = error
+    if any_rank(failure is not None, device):
+        raise failure if failure is not None else SystemExit(1)
 
 
 def barrier() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -23,7 +22,6 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received: str | None = None
-        self._owner = os.getpid()
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopSignal:
@@ -40,13 +38,6 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if os.getpid() != self._owner:
-            # A forked reader process inherited this handler. Ctrl-C reaches it too, but stopping is its parent's
-            # decision; SIGTERM comes from the parent and means what it says.
-            if number == signal.SIGTERM:
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
-            return
         if self.received is not None:
             raise KeyboardInterrupt(name)
         self.received = name
