@@ -26,7 +26,7 @@ def packed_attention(qkv: Tensor, groups: Sequence[tuple[int, int]]) -> Tensor:
     outputs = []
     for sequences, length in groups:
         tokens, qkv = qkv[: sequences * length], qkv[sequences * length :]
-        for sequence in tokens.unflatten(0, (sequences, length)):
+        for sequence in tokens.view(sequences, length, *tokens.shape[1:]):
             q, k, v = sequence.permute(1, 2, 0, 3)[:, None]  # each [1, H, N, Dh]
             outputs.append(attention(q, k, v)[0].transpose(0, 1))
     return torch.cat(outputs)
