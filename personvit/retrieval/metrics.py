@@ -134,7 +134,7 @@ def summarise(scores: QueryScores, labels: Labels, max_rank: int = 50) -> Rankin
         raise ValueError(f"max_rank={max_rank}: expected 1 or more")
     valid = scores.first > 0
     if not valid.any():
-        raise DataError(_why_no_query_is_valid(labels))
+        raise DataError(why_no_query_is_valid(labels))
     length = min(max_rank, len(labels.g_pids))
     hits = np.bincount(scores.first[valid] - 1, minlength=length)[:length]
     return RankingResult(
@@ -175,7 +175,8 @@ def _match_ranks(row: npt.NDArray[np.floating], match: BoolArray, keep: BoolArra
     return np.sort(before) + 1
 
 
-def _why_no_query_is_valid(labels: Labels) -> str:
+def why_no_query_is_valid(labels: Labels) -> str:
+    """Message that counts the causes, for when every query is invalid."""
     q_pids, g_pids, q_camids, g_camids = labels
     if not len(q_pids) or not len(g_pids):
         return (

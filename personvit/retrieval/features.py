@@ -1,0 +1,198 @@
+"""From images to L2-normalised features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
+
+from personvit.data.sources import read_image
+from personvit.errors import DataError
+
+UNKNOWN = -1
+"""Label of images whose identity or camera nobody told."""
+
+_PROGRESS_FROM = 512  # images; shorter work needs no progress bar
+
+
+class Backbone(Protocol):
+    """What turns a batch of images into features."""
+
+    training: bool
+
+    def embed(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] float32, normalised -> [B, D]."""
+
+    def train(self, mode: bool = True) -> object:
+        """Set training or evaluation mode."""
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """Parameters; the first one says on which device to compute."""
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """Features of images, with their labels.
+
+    Attributes:
+        features: [N, D] float32 on the CPU, rows of length 1.
+        pids: [N] int64 identities; UNKNOWN (-1) where nobody told.
+        camids: [N] int64 cameras; likewise.
+        paths: N file names; empty strings for images that came from memory.
+    """
+
+    features: Tensor
+    pids: npt.NDArray[np.int64]
+    camids: npt.NDArray[np.int64]
+    paths: list[str]
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+
+class RawPixels(nn.Module):
+    """Baseline without a model: the feature of an image is its pixels."""
+
+    def embed(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, 3 H W]."""
+        return images.flatten(1)
+
+
+def to_input(image: Image.Image, image_size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Test transform of the published evaluation: bilinear PIL resize, [0, 1], normalise.
+
+    Args:
+        image: RGB.
+        image_size: height, width.
+        mean: of the three channels.
+        std: of the three channels.
+
+    Returns:
+        [3, H, W] float32.
+    """
+    height, width = image_size
+    pixels: Tensor = TF.pil_to_tensor(image.resize((width, height), Image.Resampling.BILINEAR)).float() / 255
+    return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+
+def extract_features(
+    model: Backbone,
+    images: Sequence[str] | Sequence[Image.Image],
+    image_size: tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    batch_size: int = 64,
+    *,
+    pids: npt.ArrayLike | None = None,
+    camids: npt.ArrayLike | None = None,
+    flip: bool = False,
+    num_workers: int = 0,
+    progress: bool = True,
+) -> FeatureSet:
+    """Features of a list of images, in float32 and in the order given.
+
+    The model is evaluated on its own device, in eval mode, and left in the mode it was in. The global random
+    generators are not moved, so that a probe in mid-training does not change the training.
+
+    Args:
+        model: a backbone with `embed`.
+        images: file names, or RGB images.
+        image_size: height, width that the images are resized to.
+        mean: of the training images.
+        std: of the training images.
+        batch_size: images per forward pass.
+        pids: [N] identities, kept in the result.
+        camids: [N] cameras, likewise.
+        flip: average the feature with that of the mirrored image (not part of the published protocol).
+        num_workers: reader processes; 0 reads in this one.
+        progress: show a bar if there is a terminal and the list is long.
+
+    Raises:
+        DataError: an image cannot be read, or its feature is not finite. Nothing is dropped silently.
+    """
+    dataset = _Images(images, image_size, mean, std)
+    loader = DataLoader(
+        dataset,
+        batch_size=batch_size,
+        num_workers=min(num_workers, -(-len(dataset) // batch_size)),
+        collate_fn=_collate,
+        generator=torch.Generator(),  # else each pass would draw from the global one
+    )
+    first = next(iter(model.parameters()), None)
+    device = torch.device("cpu") if first is None else first.device
+    training = model.training
+    model.train(False)
+    parts: list[Tensor] = []
+    hide_bar = None if progress and len(dataset) >= _PROGRESS_FROM else True  # None: hidden unless on a terminal
+    try:
+        with torch.no_grad(), tqdm(total=len(dataset), desc="features", unit="img", disable=hide_bar) as bar:
+            for batch, error in loader:
+                if error is not None:
+                    raise DataError(f"{error}. Every image of an evaluation counts: repair or remove this file.")
+                parts.append(_embed(model, batch.to(device), flip).cpu())
+                bar.update(len(batch))
+    finally:
+        model.train(training)
+    features = torch.cat(parts) if parts else torch.zeros(0, 0)
+    if not torch.isfinite(features).all():
+        raise DataError(
+            "The features hold NaN or infinity: the weights come from a diverged training. Take an earlier checkpoint."
+        )
+    paths = [image if isinstance(image, str) else "" for image in images]
+    return FeatureSet(features, _labels(pids, len(paths), "pids"), _labels(camids, len(paths), "camids"), paths)
+
+
+def _embed(model: Backbone, batch: Tensor, flip: bool) -> Tensor:
+    with torch.autocast(batch.device.type, enabled=False):
+        features = model.embed(batch).float()
+        if flip:
+            features = features + model.embed(batch.flip(3)).float()
+        return F.normalize(features, dim=1)
+
+
+def _labels(values: npt.ArrayLike | None, count: int, name: str) -> npt.NDArray[np.int64]:
+    labels = np.full(count, UNKNOWN, dtype=np.int64) if values is None else np.asarray(values, dtype=np.int64)
+    if labels.shape != (count,):
+        raise ValueError(f"{name} has shape {labels.shape}, expected ({count},)")
+    return labels
+
+
+class _Images(Dataset[tuple[Tensor | None, str | None]]):
+    def __init__(
+        self,
+        images: Sequence[str] | Sequence[Image.Image],
+        image_size: tuple[int, int],
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        self.images = images
+        self.image_size = image_size
+        self.mean = mean
+        self.std = std
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor | None, str | None]:
+        """Input and None, or None and what is wrong: an exception would cross from a worker with its traceback."""
+        image = self.images[index]
+        try:
+            picture = read_image(image) if isinstance(image, str) else image.convert("RGB")
+        except DataError as error:
+            return None, str(error)
+        return to_input(picture, self.image_size, self.mean, self.std), None
+
+
+def _collate(items: list[tuple[Tensor | None, str | None]]) -> tuple[Tensor, str | None]:
+    error = next((error for _, error in items if error is not None), None)
+    return torch.stack([image for image, _ in items if image is not None] or [torch.zeros(0)]), error
