@@ -7,6 +7,7 @@ teacher's mean patch logit is taken in the bottleneck, because the last layer is
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 from personvit.config import PretrainConfig
 from personvit.models.heads import ProjectionHead
 from personvit.models.vit import VisionTransformer, build_vit
+from personvit.models.weights import load_into
+
+_log = logging.getLogger(__name__)
 
 
 class Crops(Protocol):
@@ -118,12 +122,19 @@ class StudentTeacher(nn.Module):
     student, has no drop path and no mask token, stays in evaluation mode and gets no gradient.
 
     Args:
-        cfg: the whole pre-training configuration (crops, model and head are read).
+        cfg: the whole pre-training configuration (crops, model and head are read). With `model.weights` both backbones
+            start from that file, otherwise from random weights.
+
+    Raises:
+        CheckpointError: `model.weights` cannot be used.
     """
 
     def __init__(self, cfg: PretrainConfig) -> None:
         super().__init__()
-        self.student: nn.Module = _build_network(cfg, student=True)
+        student = _build_network(cfg, student=True)
+        if cfg.model.weights is not None:
+            _log.info("initial backbone\n%s", load_into(student.backbone, cfg.model.weights).table())
+        self.student: nn.Module = student
         self.teacher = _build_network(cfg, student=False)
         names = self.teacher.state_dict().keys()
         self.teacher.load_state_dict({k: v for k, v in self.student.state_dict().items() if k in names})

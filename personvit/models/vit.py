@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -287,40 +288,16 @@ class VisionTransformer(nn.Module):
         return last.attn.weights(last.norm1(stream), len(images))
 
 
-def _build(embed_dim: int, depth: int, num_heads: int, overrides: dict[str, object]) -> VisionTransformer:
-    settings: dict[str, object] = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, **overrides}
-    return VisionTransformer(**settings)  # type: ignore[arg-type]
-
-
-def vit_micro(**overrides: object) -> VisionTransformer:
-    """D=128, 4 blocks, 4 heads: small enough to pre-train on a laptop's CPU."""
-    return _build(128, 4, 4, overrides)
-
-
-def vit_tiny(**overrides: object) -> VisionTransformer:
-    """D=192, 12 blocks, 3 heads."""
-    return _build(192, 12, 3, overrides)
-
-
-def vit_small(**overrides: object) -> VisionTransformer:
-    """D=384, 12 blocks, 6 heads: PersonViT-S, 21,639,552 parameters at 256x128."""
-    return _build(384, 12, 6, overrides)
-
-
-def vit_base(**overrides: object) -> VisionTransformer:
-    """D=768, 12 blocks, 12 heads: PersonViT-B, 85,746,432 parameters at 256x128."""
-    return _build(768, 12, 12, overrides)
-
-
-ARCHITECTURES: dict[str, Callable[..., VisionTransformer]] = {
-    "vit_micro": vit_micro,
-    "vit_tiny": vit_tiny,
-    "vit_small": vit_small,
-    "vit_base": vit_base,
+ARCHITECTURES: dict[str, tuple[int, int, int]] = {
+    "vit_micro": (128, 4, 4),
+    "vit_tiny": (192, 12, 3),
+    "vit_small": (384, 12, 6),
+    "vit_base": (768, 12, 12),
 }
+"""Name -> embed_dim, depth, num_heads."""
 
 
-def build_vit(arch: str, **overrides: object) -> VisionTransformer:
+def build_vit(arch: str, **overrides: Any) -> VisionTransformer:
     """A backbone by name; `overrides` are arguments of `VisionTransformer`.
 
     Raises:
@@ -328,4 +305,25 @@ def build_vit(arch: str, **overrides: object) -> VisionTransformer:
     """
     if arch not in ARCHITECTURES:
         raise ConfigError(f"model.arch={arch} is unknown. Choose one of {', '.join(ARCHITECTURES)}.")
-    return ARCHITECTURES[arch](**overrides)
+    embed_dim, depth, num_heads = ARCHITECTURES[arch]
+    return VisionTransformer(**{"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, **overrides})
+
+
+def vit_micro(**overrides: Any) -> VisionTransformer:
+    """D=128, 4 blocks, 4 heads: small enough to pre-train on a laptop's CPU."""
+    return build_vit("vit_micro", **overrides)
+
+
+def vit_tiny(**overrides: Any) -> VisionTransformer:
+    """D=192, 12 blocks, 3 heads."""
+    return build_vit("vit_tiny", **overrides)
+
+
+def vit_small(**overrides: Any) -> VisionTransformer:
+    """D=384, 12 blocks, 6 heads: PersonViT-S, 21,639,552 parameters at 256x128."""
+    return build_vit("vit_small", **overrides)
+
+
+def vit_base(**overrides: Any) -> VisionTransformer:
+    """D=768, 12 blocks, 12 heads: PersonViT-B, 85,746,432 parameters at 256x128."""
+    return build_vit("vit_base", **overrides)
