@@ -148,6 +148,8 @@ class VisionTransformer(nn.Module):
         ConfigError: sizes that do not divide.
     """
 
+    _keep: Tensor
+
     def __init__(
         self,
         img_size: tuple[int, int] = (256, 128),
@@ -168,7 +170,7 @@ class VisionTransformer(nn.Module):
         self.depth = depth
         self.num_heads = num_heads
         self.mlp_ratio = mlp_ratio
-        self.drop_path_rates = torch.linspace(0, drop_path_rate, depth, dtype=torch.float64).tolist()
+        self.drop_path_rates = [drop_path_rate * index / max(1, depth - 1) for index in range(depth)]
         self.grid = self._grid_of(*self.img_size)
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -176,6 +178,8 @@ class VisionTransformer(nn.Module):
         self.masked_embed = nn.Parameter(torch.zeros(1, embed_dim)) if masked_embed else None
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        keep = 1 - torch.tensor(self.drop_path_rates, dtype=torch.float32).view(-1, 1, 1)
+        self.register_buffer("_keep", keep, persistent=False)  # [depth, 1, 1]; on the device, so that no step copies it
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -230,9 +234,8 @@ class VisionTransformer(nn.Module):
         lengths = torch.cat([torch.full((count,), length, device=device) for count, length in groups])
         tokens = sum(count * length for count, length in groups)
         sequence_of = torch.arange(sequences, device=device).repeat_interleave(lengths, output_size=tokens)  # [T]
-        keep = 1 - torch.tensor(self.drop_path_rates, dtype=torch.float32, device=device).view(-1, 1, 1)
-        kept = torch.rand(self.depth, 2, sequences, device=device) < keep
-        scales = (kept / keep).index_select(2, sequence_of).unsqueeze(-1)  # [depth, 2, T, 1]
+        kept = torch.rand(self.depth, 2, sequences, device=device) < self._keep
+        scales = (kept / self._keep).index_select(2, sequence_of).unsqueeze(-1)  # [depth, 2, T, 1]
         return [scale if rate else None for scale, rate in zip(scales, self.drop_path_rates, strict=True)]
 
     def _stream(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Tensor, list[tuple[int, int]]]:
