@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -38,6 +39,9 @@ def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> T
     facebookresearch/dinov2, dinov2/loss/dino_clstoken_loss.py (after SwAV, arXiv 2006.09882): alternately scale the
     prototypes to equal mass and the samples to mass 1.
 
+    The published code multiplies exp(logits / temperature) up and down, which overflows or leaves a prototype without
+    mass for sharp logits; in the log domain the same steps stay finite.
+
     Args:
         logits: [M, K] teacher logits of this rank; M may be 0 and may differ between ranks.
         temperature: softmax temperature.
@@ -46,17 +50,20 @@ def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> T
     Returns:
         [M, K] float32.
     """
-    scaled = logits.float() / temperature
-    # Any constant cancels in the first scaling, if all ranks use the same one; this one keeps exp() finite.
-    peak = scaled.max() if scaled.numel() else scaled.new_zeros(())
-    scaled = scaled - all_reduce_sum(peak.clone()) / world_size()
-    mass = scaled.exp()
-    prototypes = mass.shape[1]
+    log_mass = logits.float() / temperature
     for _ in range(iterations):
-        per_prototype = all_reduce_sum(mass.sum(dim=0, keepdim=True))
-        mass = mass / (per_prototype * prototypes)
-        mass = mass / mass.sum(dim=1, keepdim=True)
-    return mass
+        log_mass = log_mass - _logsumexp_over_ranks(log_mass.logsumexp(dim=0))
+        log_mass = log_mass.log_softmax(dim=1)
+    return log_mass.exp()
+
+
+def _logsumexp_over_ranks(values: Tensor) -> Tensor:
+    """Log of the sum over ranks of exp(values) [K]; a sum of rows, of which each rank fills its own, gathers them."""
+    if world_size() == 1:
+        return values
+    rows = values.new_zeros(world_size(), len(values))
+    rows[dist.get_rank()] = values
+    return all_reduce_sum(rows).logsumexp(dim=0)
 
 
 class TeacherTargets(nn.Module):
