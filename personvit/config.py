@@ -402,9 +402,15 @@ def to_yaml(config: PretrainConfig | EvaluateConfig) -> str:
 
 def to_plain(config: object) -> dict[str, Any]:
     """The configuration as nested dicts of built-in types (tuples become lists)."""
-    plain = OmegaConf.to_container(OmegaConf.structured(config))
+    plain = _without_tuples(OmegaConf.to_container(OmegaConf.structured(config)))
     assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    return plain
+
+
+def _without_tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _without_tuples(item) for key, item in value.items()}
+    return [_without_tuples(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def given_yaml(recipe: str | None, overrides: list[str] | None = None) -> str:

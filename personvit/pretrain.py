@@ -17,7 +17,7 @@ from personvit.runtime.distributed import Ranks, init_distributed, on_main
 from personvit.runtime.entry import run, setup_logging
 from personvit.runtime.runlog import RunFolder, log_to_file
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("personvit.pretrain")  # `python -m` names this module __main__
 
 DEFAULT_RECIPE = "demo"
 

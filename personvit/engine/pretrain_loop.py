@@ -34,6 +34,9 @@ from personvit.runtime.signals import StopSignal
 
 logger = logging.getLogger(__name__)
 
+_KEPT_BATCHES = 10
+"""Batches of steps that were not finite that a rank writes down at most: at full size one takes a gigabyte."""
+
 
 @dataclass(frozen=True)
 class PretrainResult:
@@ -167,20 +170,24 @@ class PretrainRun:
         """Count a step that was not finite, write its batches down, and stop when there were too many in a row."""
         self.skipped += 1
         self._skipped_in_row += 1
+        number = self.step + 1
         suffix = f"_rank{self.ranks.rank}" if self.ranks.world_size > 1 else ""
-        path = self.folder.non_finite / f"step{self.step:07}{suffix}.pt"
-        content = [
-            {**vars(batch), "paths": [self.source.path(i) for i in batch.positions.tolist()]} for batch in batches
-        ]
-        write_checkpoint(path, {"step": self.step, "micro_batches": content})
+        path = self.folder.non_finite / f"step{number:07}{suffix}.pt"
+        kept = len(list(self.folder.non_finite.glob(f"step*{suffix}.pt")))
+        if kept < _KEPT_BATCHES:
+            content = [
+                {**vars(batch), "paths": [self.source.path(i) for i in batch.positions.tolist()]} for batch in batches
+            ]
+            write_checkpoint(path, {"step": number, "micro_batches": content})
         logger.warning(
-            "step %d skipped: loss %g, gradient norm %g; nothing was updated, the batch is in %s",
-            self.step, result.loss, result.grad_norm, path,
+            "step %d skipped: loss %g, gradient norm %g; nothing was updated, %s",
+            number, result.loss, result.grad_norm,
+            f"the batch is in {path}" if kept < _KEPT_BATCHES else f"{kept} earlier batches are in {path.parent}",
         )  # fmt: skip
         limit = self.cfg.train.non_finite_limit
         if self._skipped_in_row >= limit:
             raise NonFiniteError(
-                f"{limit} steps in a row (up to step {self.step}) had a loss or gradient that is not finite; the "
+                f"{limit} steps in a row (up to step {number}) had a loss or gradient that is not finite; the "
                 f"batches are in {self.folder.non_finite}. Likely causes: a learning rate that is too high, or images "
                 f"that are broken. Continue from the last checkpoint with less: --resume auto "
                 f"optim.lr={self.cfg.optim.lr / 2:g}, or with train.precision=fp32, or allow more with "
@@ -273,7 +280,6 @@ class PretrainRun:
                 "images": len(self.source),
                 "world_size": self.ranks.world_size,
                 "skipped": self.skipped,
-                "skipped_in_row": self._skipped_in_row,
                 "rng": rng_state(),
                 "health": self.health.state_dict(),
                 "versions": {"personvit": __version__, "torch": str(torch.__version__)},
@@ -287,7 +293,6 @@ class PretrainRun:
         self.trainer.load_state_dict(state, path)
         self.step = int(own["step"])
         self.skipped = int(own["skipped"])
-        self._skipped_in_row = 0  # whoever continues has changed something, or wants to see it again
         self.health.load_state_dict(own["health"])
         set_rng_state(own["rng"])
         logger.info("continuing from %s at step %d of %d", path, self.step, self.stop_step)
