@@ -66,7 +66,7 @@ class _Figure:
         # The bone grows by the radii at either end, and the profile closes over them like half circles.
         total = length + ra + rb
         s = _T * np.float32(total) - np.float32(ra)
-        along = np.clip(s / np.float32(length), 0, 1)
+        along = np.minimum(np.maximum(s / np.float32(length), 0), 1)
         radius = np.where(along < 0.5, ra + (rm - ra) * 2 * along, rm + (rb - rm) * (2 * along - 1))
         beyond = np.where(s < 0, s, np.maximum(s - length, 0))
         profile = np.sqrt(np.maximum(radius * radius - beyond * beyond, 1e-9)).astype(np.float32)
@@ -125,11 +125,11 @@ def _trunk(figure: _Figure, person: Identity, wardrobe: Wardrobe, joints: dict[s
     hip = 0.088 * person.width * person.hips
     loose = {"coat": 1.1, "jacket": 1.08, "hoodie": 1.07, "sweater": 1.03}.get(person.upper, 1.0)
     waist = 0.5 * (0.8 * shoulder + 0.85 * hip) * (0.55 + 0.45 * person.belly) * loose
-    wide = _curve((0.03, 0.06, shoulder * 0.92, shoulder, shoulder * 0.93 * loose, 0.5 * (shoulder * 0.9 + waist),
-                   waist, 0.5 * (waist + hip) * 1.03, hip, hip * 0.86))  # fmt: skip
+    wide = _curve((0.03, shoulder * 0.6, shoulder * 0.88, shoulder * 0.98, shoulder * 0.93 * loose,
+                   0.5 * (shoulder * 0.9 + waist), waist, 0.5 * (waist + hip) * 1.03, hip, hip * 0.86))  # fmt: skip
     chest = 0.068 * person.width * loose
     belly = chest * (0.35 + 0.62 * person.belly)
-    deep = _curve((0.03, 0.04, chest * 0.75, chest * 0.9, chest, 0.5 * (chest + belly), belly, belly,
+    deep = _curve((0.03, 0.045, chest * 0.75, chest * 0.9, chest, 0.5 * (chest + belly), belly, belly,
                    0.066 * person.hips, 0.055))  # fmt: skip
     start, end = joints["neck"], joints["crotch"]
     figure.shell(start, end, wide, deep, wardrobe.trunk, (0.0, 1 / TRUNK_SPAN))
@@ -141,8 +141,6 @@ def _trunk(figure: _Figure, person: Identity, wardrobe: Wardrobe, joints: dict[s
         bottom = 0.72 + 1.25 * person.lower_length
         flare = 1.0 + 0.5 * person.lower_width * person.lower_length
         _hang(figure, start, axis, 0.68, bottom, waist, hip, flare, wardrobe.skirt, (0.0, person.lower_length), 1.0)
-    neck = figure.project(start)[0]
-    del neck
     skin = plain(person.scarf_colour if person.scarf else person.skin)
     figure.limb(start + np.array([0, -0.01, -0.004]), joints["chin"] + np.array([0, 0.0, -0.02]),
                 0.036 if person.scarf else 0.029, 0.03 if person.scarf else 0.026, skin)  # fmt: skip
@@ -165,7 +163,7 @@ def _hang(
     first = start + axis * TRUNK_LENGTH * top
     last = first + np.array([0.0, -TRUNK_LENGTH * (bottom - top), 0.0])
     wide = _curve((waist * 1.02, hip * 1.08, hip * 1.08 * flare), (0.0, 0.35, 1.0))
-    deep = _curve((0.07, 0.085, 0.075 * flare + 0.02), (0.0, 0.35, 1.0))
+    deep = _curve((0.07, 0.095, 0.08 * flare + 0.04), (0.0, 0.35, 1.0))
     figure.shell(first, last, wide, deep, texture, (rows[0] / span, rows[1] / span))
 
 
@@ -196,7 +194,7 @@ def _arm(
     loose = {"coat": 1.2, "jacket": 1.16, "hoodie": 1.14, "sweater": 1.06, "vest": 0.85}.get(person.upper, 1.0)
     cuff = 0.021 * (loose if person.sleeve > 0.9 else 0.85)
     shoulder, elbow, wrist, hand = (joints[f"{part}_{name}"] for part in ("shoulder", "elbow", "wrist", "hand"))
-    figure.limb(shoulder, elbow, 0.038 * width * loose, 0.029 * width * loose, wardrobe.arm, (0.0, 0.54))
+    figure.limb(shoulder, elbow, 0.031 * width * (0.4 + 0.6 * loose), 0.028 * width * loose, wardrobe.arm, (0.0, 0.54))
     figure.limb(elbow, wrist, 0.028 * width * loose, cuff, wardrobe.arm, (0.54, 1.0))
     figure.limb(wrist, hand, 0.016, 0.017, plain(person.skin))
 
@@ -221,7 +219,7 @@ def _head(
     wide, deep = jaw * crown * np.float32(0.05 * size), oval * crown * np.float32(0.06 * size)
     figure.shell(height, chin - np.array([0, 0.008, 0]), wide, deep, wardrobe.head, turn=head_turn)
     hair, covered = plain(person.hair), person.hat in ("hood", "headscarf")
-    back = np.array([-np.sin(0.0), 0.0, -0.045 * size])
+    back = np.array([0.0, 0.0, -0.045 * size])
     middle = 0.55 * top + 0.45 * chin
     if person.hair_style == "long" and not covered:
         tail = chin + back * 0.9 + np.array([0, -person.hair_length * 0.75, -0.02])

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from personvit.data.generated.config import Stream, random_stream
+from personvit.data.generated.config import POOL_CAMERA_FIRST, Stream, random_stream
 from personvit.data.generated.render import Light
 
 
@@ -16,6 +17,8 @@ class Camera:
     """What stays the same in all pictures of one camera."""
 
     number: int
+    zones: int
+    """Places that it sees."""
     pitch: float
     heading: float
     """The direction most people walk, as the yaw that the camera sees."""
@@ -36,15 +39,22 @@ class Camera:
 
 
 def make_camera(seed: int, number: int) -> Camera:
-    """Draw camera `number` of a set."""
+    """Draw camera `number` of a set.
+
+    The cameras of the labelled split (below POOL_CAMERA_FIRST) differ less from each other than the pool's and see more
+    places each: else light and background would tell more about a picture than the person does.
+    """
     rng = random_stream(seed, Stream.CAMERA, number)
+    labelled = number < POOL_CAMERA_FIRST
+    spread = 0.6 if labelled else 1.0
     azimuth, elevation = rng.uniform(-np.pi, np.pi), rng.uniform(0.5, 1.2)
     sunny = rng.random() < 0.35
-    warm = rng.normal(0, 0.055)
-    green = rng.normal(0, 0.02)
-    tall = float(rng.uniform(120, 236))
+    warm, green = spread * rng.normal(0, 0.05), spread * rng.normal(0, 0.015)
+    tall = float(rng.uniform(128, 232))
+    towards = 1 if rng.random() < 0.75 else -0.6
     return Camera(
         number=number,
+        zones=6 if labelled else 1,
         pitch=float(np.clip(rng.gamma(3.0, 0.085), 0.02, 0.62)),
         heading=float(rng.uniform(-np.pi, np.pi)),
         height=(tall * 0.78, min(256.0, tall * 1.22)),
@@ -52,18 +62,18 @@ def make_camera(seed: int, number: int) -> Camera:
             direction=(
                 float(np.cos(elevation) * np.sin(azimuth)),
                 float(-np.sin(elevation)),
-                float(abs(np.cos(elevation) * np.cos(azimuth)) * (1 if rng.random() < 0.75 else -0.6)),
+                float(abs(np.cos(elevation) * np.cos(azimuth)) * towards),
             ),
-            ambient=float(rng.uniform(0.46, 0.6) if sunny else rng.uniform(0.66, 0.84)),
-            diffuse=float(rng.uniform(0.55, 0.75) if sunny else rng.uniform(0.15, 0.38)),
+            ambient=float(rng.uniform(0.48, 0.6) if sunny else rng.uniform(0.66, 0.82)),
+            diffuse=float(rng.uniform(0.5, 0.7) if sunny else rng.uniform(0.18, 0.38)),
         ),
         gains=(float(1 + warm), float(1 + green), float(1 - warm)),
-        gamma=float(np.clip(rng.normal(1.0, 0.16), 0.68, 1.45)),
-        contrast=float(np.clip(rng.normal(0.98, 0.12), 0.7, 1.25)),
-        lift=float(np.clip(rng.normal(4, 9), -12, 26)),
-        saturation=float(np.clip(rng.normal(0.92, 0.14), 0.55, 1.2)),
-        blur=float(rng.gamma(2.0, 0.22)),
-        noise=float(min(rng.gamma(2.0, 1.8), 12.0)),
+        gamma=float(np.exp(np.clip(spread * rng.normal(0.0, 0.15), -0.35, 0.35))),
+        contrast=float(np.clip(1 + spread * rng.normal(-0.02, 0.12), 0.72, 1.25)),
+        lift=float(np.clip(spread * rng.normal(4, 9), -12, 24)),
+        saturation=float(np.clip(0.94 + spread * rng.normal(0, 0.13), 0.55, 1.2)),
+        blur=float(rng.gamma(2.0, 0.2)),
+        noise=float(min(rng.gamma(2.0, 1.3), 8.0)),
         quality=int(rng.integers(42, 93)),
         shadow=float(rng.uniform(0.35, 0.6) if sunny else rng.uniform(0.12, 0.3)),
     )
@@ -85,30 +95,38 @@ def _noise_bank(seed: int) -> Image.Image:
 
 def expose(picture: Image.Image, camera: Camera, rng: np.random.Generator, seed: int) -> Image.Image:
     """Blur, noise, white balance, exposure and colour of a camera, with the small changes from frame to frame."""
-    blur = camera.blur + float(rng.gamma(1.2, 0.16))
+    blur = camera.blur + float(rng.gamma(1.2, 0.14))
     if rng.random() < 0.08:
-        blur += float(rng.uniform(0.5, 1.3))
-    if blur > 0.25:
-        picture = picture.filter(ImageFilter.GaussianBlur(blur))
+        blur += float(rng.uniform(0.4, 1.0))
+    if blur > 0.3:
+        # A box of radius r has the deviation r / sqrt(3) and costs a third of Pillow's Gaussian.
+        picture = picture.filter(ImageFilter.BoxBlur(1.73 * blur))
     saturation = camera.saturation * float(rng.uniform(0.93, 1.07))
-    pixels = np.asarray(picture).astype(np.float32)
-    grey = pixels @ np.array([0.299, 0.587, 0.114], np.float32)
-    pixels = grey[..., None] + (pixels - grey[..., None]) * np.float32(saturation)
+    matrix = _luma_mix(saturation)
+    pixels = np.asarray(picture).astype(np.float32).reshape(-1, 3) @ matrix
     width, height = picture.size
     x, y = int(rng.integers(0, 512 - width)), int(rng.integers(0, 512 - height))
     grain = np.asarray(_noise_bank(seed).crop((x, y, x + width, y + height)))
     noise = camera.noise * float(rng.uniform(0.8, 1.2))
-    pixels += (grain.astype(np.float32) - 128) * np.float32(noise / 32)
-    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).point(_curve(camera, rng))
+    pixels += (grain.astype(np.float32).reshape(-1, 3) - 128) * np.float32(noise / 32)
+    np.maximum(pixels, 0, out=pixels)
+    np.minimum(pixels, 255, out=pixels)
+    return Image.fromarray(pixels.astype(np.uint8).reshape(height, width, 3)).point(_curve(camera, rng))
+
+
+def _luma_mix(saturation: float) -> NDArray[np.float32]:
+    """Matrix [3, 3] that moves colours (rows) towards their luma; ITU-R BT.601 weights."""
+    luma = np.array([0.299, 0.587, 0.114], np.float32)[:, None]
+    matrix: NDArray[np.float32] = (
+        np.float32(saturation) * np.eye(3, dtype=np.float32) + np.float32(1 - saturation) * luma
+    )
+    return matrix
 
 
 def _curve(camera: Camera, rng: np.random.Generator) -> list[int]:
     """Look-up table of 3 x 256 entries."""
-    exposure = float(rng.normal(1.0, 0.06))
-    x = np.arange(256) / 255.0
-    tables = []
-    for gain in camera.gains:
-        value = np.power(np.clip(x * gain * exposure, 0, None), camera.gamma)
-        value = 255 * ((value - 0.45) * camera.contrast + 0.45) + camera.lift
-        tables.append(np.clip(value, 0, 255).astype(int))
-    return [int(value) for value in np.concatenate(tables)]
+    exposure = float(rng.normal(1.0, 0.06)) * (1 + rng.normal(0, 0.012, 3)) * np.array(camera.gains)
+    x = np.multiply.outer(exposure, np.arange(256) / 255.0)  # [3, 256]
+    value = 255 * ((np.power(x, camera.gamma) - 0.45) * camera.contrast + 0.45) + camera.lift
+    table: list[int] = np.minimum(np.maximum(value, 0), 255).astype(np.int64).ravel().tolist()
+    return table

@@ -17,6 +17,10 @@ RENDERER_VERSION = 1
 """Raised whenever the same configuration would give other images, so that cached sets are drawn anew."""
 
 
+POOL_CAMERA_FIRST = 1000
+"""The pool's scenes are numbered from here on; the labelled cameras from 1."""
+
+
 class Stream(IntEnum):
     """Independent random streams of one seed."""
 
@@ -53,10 +57,10 @@ class GeneratedConfig:
     """Gallery images of one test identity in one camera; the query has one more."""
     camera_probability: float = 0.8
     """Chance that an identity of the labelled split walks past a camera (each is seen by two at least)."""
-    distractors: int = 200
-    """Gallery images with pid 0000: persons who are nobody's match."""
-    junk: int = 50
-    """Gallery images with pid -1: crops that a detector got wrong, which the protocol drops."""
+    distractors: float = 2.0
+    """Gallery images with pid 0000, per test identity: persons who are nobody's match."""
+    junk: float = 0.5
+    """Gallery images with pid -1, per test identity: boxes that missed the person, which the protocol drops."""
     occlusion: float = 0.2
     """Share of pool, training and query images with something in front of the person."""
     seed: int = 0
@@ -80,7 +84,12 @@ class GeneratedConfig:
     @classmethod
     def from_data_config(cls, data: DataConfig) -> GeneratedConfig:
         """The set that `data.generated_train`, `data.generated_test_ids` and `data.generated_seed` ask for."""
-        return cls(pool_images=data.generated_train, test_ids=data.generated_test_ids, seed=data.generated_seed)
+        return cls(
+            pool_images=data.generated_train,
+            train_ids=data.generated_test_ids,
+            test_ids=data.generated_test_ids,
+            seed=data.generated_seed,
+        )
 
     def key(self) -> str:
         """Hexadecimal digest of the configuration and the renderer's version."""

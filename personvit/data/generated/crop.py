@@ -36,7 +36,7 @@ class Shot:
     """The box missed the person, as junk boxes of a detector do."""
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=400)
 def _person(seed: int, pid: int) -> tuple[Identity, Wardrobe]:
     person = make_identity(seed, pid)
     return person, make_wardrobe(seed, person)
@@ -63,7 +63,8 @@ def render_crop(seed: int, shot: Shot) -> Image.Image:
     width, height, scale, left, top = _frame(rng, tubes, native, shot.misplaced)
     tubes = [tube.moved(scale, left, top) for tube in tubes]
 
-    picture = np.array(window(make_scene(seed, shot.camera, camera.pitch), rng, (width, height)))
+    scene = make_scene(seed, shot.camera, int(rng.integers(0, camera.zones)), camera.pitch)
+    picture = np.array(window(scene, rng, (width, height)))
     if rng.random() < 0.12:
         _passer_by(rng, seed, camera, view, picture, behind=True)
     _floor_shadow(picture, tubes, camera)

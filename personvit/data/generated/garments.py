@@ -16,7 +16,7 @@ from personvit.data.generated.identity import Colour, Identity
 Texture = NDArray[np.uint32]
 Mask = NDArray[np.bool_]
 
-TRUNK_SHAPE, LIMB_SHAPE, HEAD_SHAPE = (192, 128), (96, 64), (64, 64)
+TRUNK_SHAPE, LIMB_SHAPE, HEAD_SHAPE = (144, 128), (72, 64), (48, 64)
 TRUNK_SPAN = 2.0
 """The trunk's texture runs from the neck (0) past the crotch (1) to 2, for coats and dresses."""
 TRUNK_LENGTH, ARM_LENGTH, LEG_LENGTH = 0.35, 0.31, 0.475

@@ -210,8 +210,8 @@ def _pick(rng: np.random.Generator, table: dict[str, int] | dict[str, float]) ->
 
 
 def _shift(rng: np.random.Generator, colour: Colour, amount: int) -> Colour:
-    step = rng.integers(-amount, amount + 1, size=3) + int(rng.integers(-amount, amount + 1))
-    red, green, blue = (int(value) for value in np.clip(np.asarray(colour) + step, 12, 240))
+    *steps, common = rng.integers(-amount, amount + 1, size=4).tolist()
+    red, green, blue = (min(240, max(12, level + step + common)) for level, step in zip(colour, steps, strict=True))
     return red, green, blue
 
 

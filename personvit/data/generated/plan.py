@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from personvit.data.generated.camera import make_camera
-from personvit.data.generated.config import GeneratedConfig, Stream, random_stream
+from personvit.data.generated.config import POOL_CAMERA_FIRST, GeneratedConfig, Stream, random_stream
 from personvit.data.generated.crop import Shot, track_heading
 
 TEST_FIRST, TRAIN_FIRST, EXTRA_FIRST, POOL_FIRST = 0, 1_000_000, 2_000_000, 3_000_000
 """Identity numbers start here: test, train, distractors and junk, pool. Apart, so that the groups never overlap."""
 
-POOL_CAMERA_FIRST = 1000
-"""The pool's scenes are numbered from here on; the labelled cameras from 1."""
+POOL_SERIAL_FIRST = 10_000_000
+"""Serial numbers of the pool start here, so that its size changes nothing in the labelled split."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Item:
 
 def make_plan(config: GeneratedConfig) -> list[Item]:
     """All pictures of a set, those of one camera next to each other."""
-    items = _pool(config) + _labelled(config, first=config.pool_images)
+    items = _pool(config) + _labelled(config)
     return sorted(items, key=lambda item: (item.shot.camera, item.shot.serial))
 
 
@@ -46,7 +46,7 @@ def _pool(config: GeneratedConfig) -> list[Item]:
             Shot(
                 pid=POOL_FIRST + int(person),
                 camera=POOL_CAMERA_FIRST + int(camera),
-                serial=int(place),
+                serial=POOL_SERIAL_FIRST + int(place),
                 occluded=bool(hidden),
             ),
         )
@@ -57,9 +57,9 @@ def _pool(config: GeneratedConfig) -> list[Item]:
 class _Namer:
     """Hands out Market-1501 names and serial numbers."""
 
-    def __init__(self, config: GeneratedConfig, first: int) -> None:
+    def __init__(self, config: GeneratedConfig) -> None:
         self.config = config
-        self.serial = first
+        self.serial = 0
         self.rng = random_stream(config.seed, Stream.PLAN, 1)
         self.items: list[Item] = []
 
@@ -74,8 +74,8 @@ class _Namer:
         self.serial += 1
 
 
-def _labelled(config: GeneratedConfig, first: int) -> list[Item]:
-    names = _Namer(config, first)
+def _labelled(config: GeneratedConfig) -> list[Item]:
+    names = _Namer(config)
     rng = names.rng
     cameras = {number: make_camera(config.seed, number) for number in range(1, config.cameras + 1)}
 
@@ -98,9 +98,10 @@ def _labelled(config: GeneratedConfig, first: int) -> list[Item]:
             heading = track_heading(rng, cameras[number])
             for _ in range(config.train_images):
                 names.add("bounding_box_train", label, TRAIN_FIRST + index, number, heading, config.occlusion)
-    for index in range(config.distractors + config.junk):
+    distractors, junk = round(config.distractors * config.test_ids), round(config.junk * config.test_ids)
+    for index in range(distractors + junk):
         number = int(rng.integers(1, config.cameras + 1))
         heading = track_heading(rng, cameras[number])
-        junk = index >= config.distractors
-        names.add("bounding_box_test", -1 if junk else 0, EXTRA_FIRST + index, number, heading, 0.1, junk)
+        missed = index >= distractors
+        names.add("bounding_box_test", -1 if missed else 0, EXTRA_FIRST + index, number, heading, 0.1, missed)
     return names.items

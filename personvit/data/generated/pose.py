@@ -11,7 +11,7 @@ from personvit.data.generated.identity import Identity
 
 STANCES = {"walk": 60, "stand": 14, "ear": 5, "screen": 8, "pockets": 7, "crossed": 3, "strap": 3}
 
-HIP, KNEE, ANKLE, SHOULDER, NECK, CHIN, TOP = 0.52, 0.285, 0.045, 0.805, 0.835, 0.868, 1.0
+HIP, KNEE, ANKLE, SHOULDER, NECK, CHIN, TOP = 0.52, 0.285, 0.045, 0.788, 0.836, 0.868, 1.0
 UPPER_ARM, FOREARM, HAND, FOOT = 0.165, 0.145, 0.055, 0.105
 
 
@@ -34,6 +34,8 @@ def make_pose(rng: np.random.Generator, person: Identity) -> Pose:
     walking = stance == "walk" or (stance in ("ear", "screen", "pockets", "strap") and draw[1] < 0.5)
     phase = 2 * np.pi * draw[2]
     stride = 0.26 + 0.28 * draw[3] if walking else 0.02 + 0.08 * draw[3]
+    if person.lower == "skirt" or person.hem > 1.1:
+        stride *= 0.7
     lean = (0.02 + 0.06 * draw[4]) if walking else 0.04 * (draw[4] - 0.5)
     hip = HIP * person.legs
     joints: dict[str, NDArray[np.float64]] = {}
@@ -128,7 +130,7 @@ def _arm(
     inward: float,
 ) -> None:
     assert callable(point)
-    start = point(side * 0.098 * person.width * person.shoulders, SHOULDER + (person.legs - 1) * HIP * 0.3)
+    start = point(side * 0.094 * person.width * person.shoulders, SHOULDER + (person.legs - 1) * HIP * 0.3)
 
     def direction(angle: float, out: float) -> NDArray[np.float64]:
         return np.array([side * np.sin(out), -np.cos(out) * np.cos(angle), np.cos(out) * np.sin(angle)])

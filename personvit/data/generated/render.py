@@ -86,23 +86,22 @@ class Canvas:
         ux, uy = dx / length, dy / length
         xs = np.arange(x0, x1, dtype=np.float32) - np.float32(ax)
         ys = np.arange(y0, y1, dtype=np.float32) - np.float32(ay)
-        along = np.add.outer(ys * np.float32(uy / length), xs * np.float32(ux / length))  # [h, w], 0 at start, 1 at end
+        # Steps along the bone, counted from 1; 0 and PROFILE_STEPS + 1 stand for "beyond it", where the width is -1.
+        per_step = PROFILE_STEPS / length
+        steps = np.add.outer(ys * np.float32(uy * per_step) + np.float32(1), xs * np.float32(ux * per_step))  # [h, w]
         across = np.add.outer(ys * np.float32(-ux), xs * np.float32(uy))
-        # One more entry at either end with width -1 stands for "beyond the bone".
-        table = np.empty(PROFILE_STEPS + 2, np.float32)
-        table[0] = table[-1] = -1.0
+        table = np.full(PROFILE_STEPS + 2, -1, np.float32)
         table[1:-1] = tube.profile
-        step = np.floor(along * np.float32(PROFILE_STEPS))
-        np.clip(step, -1, PROFILE_STEPS, out=step)
-        half = table[step.astype(np.int32) + 1]
+        bounded = np.minimum(np.maximum(steps, 0), PROFILE_STEPS + 1).astype(np.int32)
+        half = table.take(bounded)
         rows, columns = np.nonzero(np.abs(across) < half)
         if rows.size == 0:
             return
         local = rows * (x1 - x0) + columns
-        where = (rows + y0) * self.width + (columns + x0)
-        t = along.ravel()[local]
-        half = half.ravel()[local]
-        side = across.ravel()[local] / half
+        where = local + (rows * (self.width - x1 + x0) + (y0 * self.width + x0))
+        t = (steps.take(local) - 1) * np.float32(1 / PROFILE_STEPS)
+        half = half.take(local)
+        side = across.take(local) / half
         bulge = np.sqrt(1 - side * side)
         depth = np.float32(az) + np.float32(bz - az) * t + half * bulge * np.float32(tube.flatness)
         nearer = np.flatnonzero(depth > self.depth[where])
@@ -143,7 +142,7 @@ class Canvas:
         """0.45 where something nearer stands between a pixel and the light, else 1."""
         reach = self.height * 0.022
         dx, dy = round(light.direction[0] * reach * 1.5), round(light.direction[1] * reach * 1.5)
-        other = np.clip(where + dy * self.width + dx, 0, self.depth.size - 1)
+        other = np.minimum(np.maximum(where + (dy * self.width + dx), 0), self.depth.size - 1)
         blocked = self.depth[other] > self.depth[where] + np.float32(reach)
         return np.where(blocked, np.float32(0.45), np.float32(1.0))
 
@@ -154,7 +153,7 @@ def _fetch(tube: Tube, t: Floats, side: Floats) -> NDArray[np.uint32]:
         return np.broadcast_to(tube.texture.ravel(), t.shape)
     first, last = tube.rows
     row = (t * np.float32((last - first) * height) + np.float32(first * height)).astype(np.int32)
-    np.clip(row, 0, height - 1, out=row)
+    np.minimum(row, height - 1, out=row)
     # Half a turn of slack keeps the value positive before truncation.
     column = np.arcsin(side) * np.float32(width / (2 * np.pi)) + np.float32(width * (1.5 - tube.turn / (2 * np.pi) + 1))
     texels: NDArray[np.uint32] = tube.texture.ravel()[row * width + (column.astype(np.int32) & (width - 1))]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -24,17 +24,10 @@ class Scene:
     """Row where the floor meets the wall."""
 
 
-_CACHE: OrderedDict[tuple[int, int], Scene] = OrderedDict()
-
-
-def make_scene(seed: int, camera: int, pitch: float) -> Scene:
-    """The place of a camera (kept for the next crops of the same camera)."""
-    key = (seed, camera)
-    if key not in _CACHE:
-        if len(_CACHE) >= 16:
-            _CACHE.popitem(last=False)
-        _CACHE[key] = _paint(random_stream(seed, Stream.SCENE, camera), pitch)
-    return _CACHE[key]
+@lru_cache(maxsize=16)
+def make_scene(seed: int, camera: int, zone: int, pitch: float) -> Scene:
+    """One of a camera's places (kept for the next crops of the same camera)."""
+    return _paint(random_stream(seed, Stream.SCENE, camera, zone), pitch)
 
 
 def window(scene: Scene, rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
@@ -74,7 +67,7 @@ def _paint(rng: np.random.Generator, pitch: float) -> Scene:
         _wall(draw, rng, horizon, wall)
     for _ in range(int(rng.integers(2, 9))):
         _thing(draw, rng, horizon)
-    picture = picture.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.6, 2.2))))
+    picture = picture.filter(ImageFilter.BoxBlur(float(rng.uniform(0.9, 3.6))))
     return Scene(_weathered(picture, rng), horizon)
 
 
@@ -166,8 +159,7 @@ def _weathered(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Uneven light and grain."""
     coarse = rng.normal(0, 1, (7, 6)).astype(np.float32)
     soft = np.asarray(Image.fromarray(coarse).resize(picture.size, Image.Resampling.BICUBIC))
-    grain = rng.standard_normal((HEIGHT // 2, WIDTH // 2), dtype=np.float32)
+    grain = rng.standard_normal((HEIGHT // 3, WIDTH // 3), dtype=np.float32)
     fine = np.asarray(Image.fromarray(grain).resize(picture.size, Image.Resampling.BILINEAR))
     factor = 1 + np.float32(rng.uniform(0.04, 0.13)) * soft + np.float32(rng.uniform(0.01, 0.06)) * fine
-    pixels = np.asarray(picture).astype(np.float32) * factor[..., None]
-    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+    return Image.fromarray(np.minimum(np.asarray(picture) * factor[..., None], 255).astype(np.uint8))
