@@ -125,7 +125,7 @@ def _trunk(figure: _Figure, person: Identity, wardrobe: Wardrobe, joints: dict[s
     hip = 0.088 * person.width * person.hips
     loose = {"coat": 1.1, "jacket": 1.08, "hoodie": 1.07, "sweater": 1.03}.get(person.upper, 1.0)
     waist = 0.5 * (0.8 * shoulder + 0.85 * hip) * (0.55 + 0.45 * person.belly) * loose
-    wide = _curve((0.03, shoulder * 0.6, shoulder * 0.88, shoulder * 0.98, shoulder * 0.93 * loose,
+    wide = _curve((0.03, shoulder * 0.66, shoulder * 0.94, shoulder * 0.98, shoulder * 0.93 * loose,
                    0.5 * (shoulder * 0.9 + waist), waist, 0.5 * (waist + hip) * 1.03, hip, hip * 0.86))  # fmt: skip
     chest = 0.068 * person.width * loose
     belly = chest * (0.35 + 0.62 * person.belly)

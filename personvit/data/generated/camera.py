@@ -72,7 +72,7 @@ def make_camera(seed: int, number: int) -> Camera:
         contrast=float(np.clip(1 + spread * rng.normal(-0.02, 0.12), 0.72, 1.25)),
         lift=float(np.clip(spread * rng.normal(4, 9), -12, 24)),
         saturation=float(np.clip(0.94 + spread * rng.normal(0, 0.13), 0.55, 1.2)),
-        blur=float(rng.gamma(2.0, 0.2)),
+        blur=float(min(rng.gamma(2.0, 0.19), 0.9)),
         noise=float(min(rng.gamma(2.0, 1.3), 8.0)),
         quality=int(rng.integers(42, 93)),
         shadow=float(rng.uniform(0.35, 0.6) if sunny else rng.uniform(0.12, 0.3)),

@@ -13,7 +13,7 @@ import numpy as np
 from personvit.config import DataConfig
 from personvit.errors import ConfigError
 
-RENDERER_VERSION = 1
+RENDERER_VERSION = 2
 """Raised whenever the same configuration would give other images, so that cached sets are drawn anew."""
 
 

@@ -9,6 +9,7 @@ import logging
 import multiprocessing
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from functools import partial
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from personvit.config import DataConfig
 from personvit.data.generated.card import DataCard, make_card, write_card
-from personvit.data.generated.config import RENDERER_VERSION, GeneratedConfig
+from personvit.data.generated.config import GeneratedConfig
 from personvit.data.generated.crop import encode_crop
 from personvit.data.generated.plan import Item, make_plan
 from personvit.data.generated.sheet import write_contact_sheet
@@ -131,23 +132,28 @@ def _require_empty(root: Path) -> None:
 
 
 def _render_all(root: Path, seed: int, plan: list[Item], workers: int | None, progress: bool) -> None:
-    count = min(workers or len(os.sched_getaffinity(0)), max(1, len(plan) // 16))
+    count = min(workers or _cores(), max(1, len(plan) // 16))
     write = partial(_write, str(root), seed)
-    with tqdm(total=len(plan), desc="generated persons", unit="img", disable=not progress) as bar:
+    with tqdm(total=len(plan), desc="generated persons", unit="img", disable=None if progress else True) as bar:
         if count == 1:
             for item in plan:
                 write(item)
                 bar.update()
             return
-        # fork: the children only need numpy and Pillow, and start without importing the caller's program again.
-        with multiprocessing.get_context("fork").Pool(count) as pool:
+        # fork, where it is safe: the children need numpy and Pillow only, not the program of the caller.
+        method = "fork" if sys.platform == "linux" else "spawn"
+        with multiprocessing.get_context(method).Pool(count) as pool:
             for _ in pool.imap_unordered(write, plan, chunksize=20):
                 bar.update()
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _write(root: str, seed: int, item: Item) -> None:
     with open(os.path.join(root, item.name), "wb") as file:
         file.write(encode_crop(seed, item.shot))
-
-
-__all__ = ["FOLDERS", "RENDERER_VERSION", "ensure_generated", "generate", "is_complete"]

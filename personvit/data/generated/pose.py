@@ -11,7 +11,7 @@ from personvit.data.generated.identity import Identity
 
 STANCES = {"walk": 60, "stand": 14, "ear": 5, "screen": 8, "pockets": 7, "crossed": 3, "strap": 3}
 
-HIP, KNEE, ANKLE, SHOULDER, NECK, CHIN, TOP = 0.52, 0.285, 0.045, 0.788, 0.836, 0.868, 1.0
+HIP, KNEE, ANKLE, SHOULDER, NECK, CHIN, TOP = 0.52, 0.285, 0.045, 0.781, 0.836, 0.868, 1.0
 UPPER_ARM, FOREARM, HAND, FOOT = 0.165, 0.145, 0.055, 0.105
 
 
@@ -130,7 +130,7 @@ def _arm(
     inward: float,
 ) -> None:
     assert callable(point)
-    start = point(side * 0.094 * person.width * person.shoulders, SHOULDER + (person.legs - 1) * HIP * 0.3)
+    start = point(side * 0.092 * person.width * person.shoulders, SHOULDER + (person.legs - 1) * HIP * 0.3)
 
     def direction(angle: float, out: float) -> NDArray[np.float64]:
         return np.array([side * np.sin(out), -np.cos(out) * np.cos(angle), np.cos(out) * np.sin(angle)])
