@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
 NATIVE := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu')
-BUILD_FILES := pyproject.toml setup.py CMakeLists.txt constraints.txt csrc/torch_paths.py $(NATIVE)
+BUILD_FILES := pyproject.toml setup.py CMakeLists.txt constraints.txt csrc/torch_paths.py $(filter csrc/%,$(NATIVE))
 BENCHMARKS := $(sort $(wildcard benchmarks/bench_*.py))
 
 .DEFAULT_GOAL := help
@@ -21,7 +21,7 @@ help:  ## this list
 $(VENV)/stamp-torch: constraints.txt
 	@echo "creating $(VENV) and installing torch and the build tools (a few minutes the first time)"
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) setuptools wheel cmake ninja torch
+	$(PIP) --no-compile setuptools wheel cmake ninja torch
 	@touch $@
 
 $(VENV)/stamp-install: $(VENV)/stamp-torch $(BUILD_FILES)

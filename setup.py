@@ -12,7 +12,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -38,10 +37,8 @@ def _torch_folder() -> Path:
 
 def _is_isolated() -> bool:
     """Whether pip, build or uv made an environment for this build alone: its paths are gone afterwards."""
-    torch_at = _torch_folder().resolve()
-    return Path(tempfile.gettempdir()).resolve() in torch_at.parents or any(
-        part.startswith(("pip-build-env-", "builds-v", ".tmp")) for part in torch_at.parts
-    )
+    makers = ("pip-build-env-", "build-env-", "builds-v")
+    return any(part.startswith(makers) for part in _torch_folder().parts)
 
 
 class CMakeBuild(build_ext):
@@ -75,7 +72,7 @@ class CMakeBuild(build_ext):
     def _run_cmake(self, folder: Path) -> list[Path]:
         cmake = _tool("cmake")
         options = [f"-DPython_EXECUTABLE={sys.executable}", "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}"]
-        options += [f"-D{name}={os.environ.get(name, default)}" for name, default in (("PERSONVIT_CUDA", "AUTO"),)]
+        options.append(f"-DPERSONVIT_CUDA={os.environ.get('PERSONVIT_CUDA', 'AUTO')}")
         if "PERSONVIT_CUDA_ARCHS" in os.environ:
             options.append(f"-DPERSONVIT_CUDA_ARCHS={os.environ['PERSONVIT_CUDA_ARCHS']}")
         options += shlex.split(os.environ.get("CMAKE_ARGS", ""))

@@ -32,7 +32,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 def room_of(module: str) -> str:
     """`personvit.data.masks` -> `data`; `personvit` -> ``."""
-    return (module.split(".") + [""])[1]
+    return [*module.split("."), ""][1]
 
 
 def module_of(path: Path) -> str:

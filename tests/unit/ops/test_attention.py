@@ -37,8 +37,11 @@ def test_empty_stream() -> None:
 
 
 def test_a_sequence_of_one_token_is_its_value() -> None:
-    qkv = torch.randn(3, 3, 2, 8)
-    torch.testing.assert_close(ops.packed_attention(qkv, [(3, 1)]), qkv[:, 2])
+    qkv = torch.randn(3, 3, 2, 8, requires_grad=True)
+    out = ops.packed_attention(qkv, [(3, 1)])
+    torch.testing.assert_close(out, qkv[:, 2])
+    (grad,) = torch.autograd.grad(out.sum(), qkv)
+    torch.testing.assert_close(grad, torch.tensor([0.0, 0.0, 1.0])[None, :, None, None].expand_as(qkv))
 
 
 @pytest.mark.parametrize("groups", [[], [(2, 4)], [(1, 9), (1, 2)], [(-1, 10), (2, 10)]])
@@ -57,7 +60,9 @@ def test_shapes_are_checked() -> None:
 def test_compiles_without_graph_breaks() -> None:
     groups = [(2, 5), (3, 2)]
     qkv = torch.randn(16, 3, 2, 8, requires_grad=True)
-    compiled = torch.compile(lambda x: ops.packed_attention(x, groups).square().sum(), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x: ops.packed_attention(x, groups).square().sum(), fullgraph=True, backend="aot_eager"
+    )
     (grad,) = torch.autograd.grad(compiled(qkv), qkv)
     (expected,) = torch.autograd.grad(ops.packed_attention(qkv, groups).square().sum(), qkv)
     torch.testing.assert_close(grad, expected)

@@ -99,7 +99,7 @@ def test_first_available_of_several_wins(monkeypatch: pytest.MonkeyPatch) -> Non
     ops.set_backend("auto")
     assert backend.call("twice", "cpu", 1) == "native"
     assert ops.report("cpu") == [("twice", "native", "compiled; not triton: asleep, remedy: wake it")]
-    with pytest.raises(BackendUnavailableError, match="triton implementation on cpu: asleep. Remedy: wake it"):
+    with pytest.raises(BackendUnavailableError, match=r"triton implementation on cpu: asleep. Remedy: wake it"):
         ops.set_backend("fused")
 
 
@@ -115,5 +115,3 @@ def test_cuda_module_is_not_touched_under_a_cpu_torch(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "CPU build" in str(native.load_cuda())
     native.load_cuda.cache_clear()
-
-
