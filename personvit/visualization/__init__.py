@@ -1,0 +1,7 @@
+"""Figures of runs and models."""
+
+from __future__ import annotations
+
+from personvit.visualization.curves import plot_run
+
+__all__ = ["plot_run"]
