@@ -19,10 +19,12 @@ from personvit.runtime.seed import stream_seed
 
 _POINT_STD = 0.02
 _POINT_RANK = 1.5
-_UNIFORM_ENTROPY = 0.99
-_UNIFORM_KL = 0.02
+_UNIFORM_ENTROPY = 0.99  # of ln K
+_CONSTANT_INFORMATION = 0.02  # of ln K
+_AGREED_KL = 0.02  # nats
 _DOMINANT_SHARE = 0.9
-_CONDITIONS = ("point", "uniform", "dominant")
+_SHARPENED = 0.8  # teacher temperature over student temperature, below which uniform targets are unstable
+_REPEAT = 10  # rows between two reminders of the same condition
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,10 @@ class HealthMonitor:
 
     Self-distillation collapses in two ways (Caron et al. 2021, "Emerging Properties in Self-Supervised Vision
     Transformers", section 5.3): every image gets the same prototype, or every prototype gets the same probability.
-    In both, the student's divergence from the teacher falls to 0 and nothing is learnt any more.
+    In both, the target no longer depends on the image, the student's divergence falls to 0, and nothing is learnt.
+    Such targets, nearly uniform, are also an ordinary stage of a run that goes well later: with a teacher sharper than
+    the student they are an unstable balance, which takes hundreds of steps to leave. They become a warning soon where
+    the teacher is not sharper, and only after `plateau` rows where it is.
 
     Args:
         prototypes: K of the CLS head.
@@ -82,6 +87,7 @@ class HealthMonitor:
         samples: images per step that are looked at.
         warm_up: rows before the first warning: a random network has near-uniform targets and near-equal embeddings.
         persistence: rows in a row that must show a condition before it becomes a warning.
+        plateau: the same for constant targets of a sharpened teacher.
     """
 
     def __init__(
@@ -94,18 +100,21 @@ class HealthMonitor:
         samples: int = 64,
         warm_up: int = 8,
         persistence: int = 4,
+        plateau: int = 40,
     ) -> None:
         self.prototypes = prototypes
         self.samples = samples
         self.warm_up = warm_up
         self.persistence = persistence
+        self.plateau = plateau
         self._embeddings = _Ring(window, (embed_dim,), torch.float32)
         self._assignments = _Ring(usage_window, (), torch.int64)
         self._patch_assignments = _Ring(usage_window, (), torch.int64)
         self._patch_prototypes = prototypes
         self._sums: _Sums | None = None
         self._rows = 0
-        self._streaks = dict.fromkeys(_CONDITIONS, 0)
+        self._temperatures = (0.0, 0.0)  # teacher, student
+        self._streaks = dict.fromkeys(_MESSAGES, 0)
         self._last: dict[str, float] = {}
 
     @torch.no_grad()
@@ -130,6 +139,7 @@ class HealthMonitor:
             patch_centre: [1, 1, K'] for the patch statistics; None leaves them out.
             patch_temp: temperature of the teacher's patch distribution; None: `teacher_temp`.
         """
+        self._temperatures = teacher_temp, student_temp
         batch = len(outputs.teacher_cls) // 2
         count = min(batch, self.samples)
         views = torch.cat([torch.arange(count), torch.arange(batch, batch + count)]).to(outputs.teacher_cls.device)
@@ -214,26 +224,38 @@ class HealthMonitor:
         return row
 
     def warnings(self) -> list[str]:
-        """Plain-language messages on what has been wrong for `persistence` rows or more; empty in a healthy run."""
-        if self._rows <= self.warm_up:
-            return []
-        return [_MESSAGES[name](self._last) for name, streak in self._streaks.items() if streak >= self.persistence]
+        """Plain-language messages on what is wrong; empty in a healthy run.
+
+        A condition is told when it has lasted long enough, and again every few rows while it lasts.
+        """
+        teacher_temp, student_temp = self._temperatures
+        heard = []
+        for name, streak in self._streaks.items():
+            passing = name == "constant" and teacher_temp < _SHARPENED * student_temp
+            overdue = streak - (self.plateau if passing else self.persistence)
+            if overdue >= 0 and overdue % _REPEAT == 0:
+                heard.append(_MESSAGES[name]({**self._last, "teacher_temp": teacher_temp, "rows": streak}))
+        return heard
 
     def _judge(self, row: dict[str, float]) -> None:
         self._rows += 1
         self._last = row
+        limit = row["entropy_max"]
+        information = row["marginal_entropy"] - row["teacher_entropy"]  # mutual, of image and prototype
+        agreed = row["student_teacher_kl"] < _AGREED_KL
         found = {
             "point": row["embedding_std"] < _POINT_STD or row["effective_rank"] < _POINT_RANK,
-            "uniform": row["teacher_entropy"] > _UNIFORM_ENTROPY * row["entropy_max"]
-            and row["student_teacher_kl"] < _UNIFORM_KL,
-            "dominant": row["prototype_top_share"] > _DOMINANT_SHARE,
+            "constant": agreed and information < _CONSTANT_INFORMATION * limit,
+            "dominant": row["prototype_top_share"] > _DOMINANT_SHARE and row["marginal_entropy"] < limit / 2,
         }
-        self._streaks = {name: self._streaks[name] + 1 if found[name] else 0 for name in _CONDITIONS}
+        judged = self._rows > self.warm_up
+        self._streaks = {name: self._streaks[name] + 1 if judged and found[name] else 0 for name in _MESSAGES}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next rows depend on, as plain tensors, numbers and dicts."""
         state: dict[str, Any] = {
             "rows": self._rows,
+            "temperatures": list(self._temperatures),
             "streaks": dict(self._streaks),
             "last": dict(self._last),
             "patch_prototypes": self._patch_prototypes,
@@ -246,7 +268,8 @@ class HealthMonitor:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`. Tensors stay on the device they come on; the next update moves them."""
         self._rows = int(state["rows"])
-        self._streaks = {name: int(state["streaks"][name]) for name in _CONDITIONS}
+        self._temperatures = float(state["temperatures"][0]), float(state["temperatures"][1])
+        self._streaks = {name: int(state["streaks"][name]) for name in _MESSAGES}
         self._last = dict(state["last"])
         self._patch_prototypes = int(state["patch_prototypes"])
         self._sums = None if state["sums"] is None else _Sums(**state["sums"])
@@ -298,13 +321,26 @@ def _point_message(row: dict[str, float]) -> str:
     )
 
 
-def _uniform_message(row: dict[str, float]) -> str:
+def _constant_message(row: dict[str, float]) -> str:
+    if row["teacher_entropy"] > _UNIFORM_ENTROPY * row["entropy_max"]:
+        seen = f"nearly uniform (teacher_entropy {row['teacher_entropy']:.3f} of at most {row['entropy_max']:.3f} nats)"
+        cause = (
+            f"the teacher is not sharp enough (temperature {row['teacher_temp']:.3g}), or it moves too slowly for so "
+            f"short a run. Try loss.teacher_temp=[0.04,0.04] with loss.student_temp=0.1, a lower first optim.momentum, "
+            f"or more steps"
+        )
+    else:
+        seen = (
+            f"the same for every image (teacher_entropy {row['teacher_entropy']:.3f}, marginal_entropy "
+            f"{row['marginal_entropy']:.3f} nats)"
+        )
+        cause = (
+            f"the teacher's logits are not centred, or not sharpened (temperature {row['teacher_temp']:.3g}). Try "
+            f"loss.centre_momentum=0.9 (1.0 switches centring off) and loss.teacher_temp=[0.04,0.04]"
+        )
     return (
-        f"Collapse to a uniform target: the teacher spreads every image over all prototypes (teacher_entropy "
-        f"{row['teacher_entropy']:.3f} of at most {row['entropy_max']:.3f} nats) and the student copies it "
-        f"(student_teacher_kl {row['student_teacher_kl']:.4f}), so nothing is left to learn. Likely cause: the teacher "
-        f"is not sharpened, loss.teacher_temp is too high against loss.student_temp. "
-        f"Try loss.teacher_temp=[0.04,0.04] with loss.student_temp=0.1."
+        f"Targets that do not depend on the image, for {row['rows']:.0f} rows: they are {seen} and the student copies "
+        f"them (student_teacher_kl {row['student_teacher_kl']:.4f}), so nothing is learnt. Likely cause: {cause}."
     )
 
 
@@ -312,12 +348,16 @@ def _dominant_message(row: dict[str, float]) -> str:
     return (
         f"One prototype dominates: {row['prototype_top_share']:.0%} of recent images prefer the same one "
         f"(prototype_perplexity {row['prototype_perplexity']:.1f}). Likely cause: the centre does not balance the "
-        f"prototypes, or the temperature is so low that it cannot. Try loss.centre_momentum=0.9 (1.0 switches "
-        f"centring off), a higher loss.teacher_temp, or a lower optim.lr."
+        f"prototypes, or the temperature is so low ({row['teacher_temp']:.3g}) that it cannot. Try "
+        f"loss.centre_momentum=0.9 (1.0 switches centring off), a higher loss.teacher_temp, or a lower optim.lr."
     )
 
 
-_MESSAGES = {"point": _point_message, "uniform": _uniform_message, "dominant": _dominant_message}
+_MESSAGES = {
+    "point": _point_message,
+    "constant": _constant_message,
+    "dominant": _dominant_message,
+}
 
 
 @torch.no_grad()

@@ -5,9 +5,15 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from torch import nn
 
-from personvit.engine.health import HealthMonitor, embedding_spread
+from personvit.config import CropsConfig, PretrainConfig, load_config
+from personvit.data.loaders import CropBatch
+from personvit.engine.health import HealthMonitor, embedding_spread, view_retrieval
+from personvit.engine.step import PretrainStep
 from personvit.models.ssl import SSLOutputs
+from personvit.runtime.distributed import Ranks
 
 K, D, B = 64, 16, 32
 
@@ -36,11 +42,12 @@ def healthy(seed=0):
     return outputs(logits, features, student)
 
 
-def watch(make, rows=20, centre=None, teacher_temp=0.04, **options):
+def watch(make, rows=20, teacher_temp=0.1, **options):
+    """Rows of one step each; by default the teacher is as flat as the student, so that no plateau is waited for."""
     monitor = HealthMonitor(K, D, **options)
     heard = []
     for step in range(rows):
-        monitor.update(make(step), torch.zeros(1, K) if centre is None else centre, teacher_temp, 0.1)
+        monitor.update(make(step), torch.zeros(1, K), teacher_temp, 0.1)
         monitor.row()
         heard.append(monitor.warnings())
     return monitor, heard
@@ -143,40 +150,119 @@ def test_rows_average_over_their_steps_only():
     assert monitor.row()["teacher_entropy"] == pytest.approx(0, abs=1e-6)
 
 
-def test_healthy_run_is_silent():
-    assert not any(watch(healthy, rows=30)[1])
+def flat(step):
+    return outputs(torch.zeros(2 * B, K), torch.randn(2 * B, D))
 
 
-def test_uniform_targets_early_in_a_run_are_silent():
-    flat = lambda step: outputs(torch.zeros(2 * B, K), torch.randn(2 * B, D))  # noqa: E731
-    _, heard = watch(flat, rows=8, warm_up=8)
-    assert not any(heard)
+def same_for_all(step):
+    """Neither uniform nor one prototype: a third of the prototypes, equally, for every image."""
+    return outputs((torch.arange(K) % 3 == 0).float().repeat(2 * B, 1), torch.randn(2 * B, D))
+
+
+def one_prototype(step):
+    return outputs(torch.eye(K)[:1].repeat(2 * B, 1) * 2, torch.randn(2 * B, D))
+
+
+def one_point(step):
+    return outputs(torch.randn(2 * B, K), 1 + 1e-4 * torch.randn(2 * B, D))
+
+
+def test_healthy_statistics_are_silent():
+    assert not any(watch(healthy, rows=30, teacher_temp=0.04)[1])
 
 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda step: outputs(torch.zeros(2 * B, K), torch.randn(2 * B, D)), ["uniform", "loss.teacher_temp"]),
-        (
-            lambda step: outputs(torch.eye(K)[:1].repeat(2 * B, 1), torch.randn(2 * B, D)),
-            ["One prototype dominates: 100%", "loss.centre_momentum=0.9"],
-        ),
-        (
-            lambda step: outputs(torch.randn(2 * B, K), 1 + 1e-4 * torch.randn(2 * B, D)),
-            ["Collapse to a point", "embedding_std 0.000", "optim.lr"],
-        ),
+        (flat, ["nearly uniform", "4.159 of at most 4.159", "temperature 0.1", "loss.teacher_temp"]),
+        (same_for_all, ["the same for every image", "loss.centre_momentum=0.9"]),
+        (one_prototype, ["One prototype dominates: 100%", "loss.centre_momentum=0.9"]),
+        (one_point, ["Collapse to a point", "embedding_std 0.000", "optim.lr"]),
     ],
 )
 def test_each_collapse_has_its_message(make, words):
-    _, heard = watch(make)
-    assert heard[-1]
-    assert all(word in " ".join(heard[-1]) for word in words)
+    _, heard = watch(make, warm_up=3, persistence=4)
+    assert not any(heard[:6])
+    assert any(all(word in message for word in words) for message in heard[6])
+
+
+def test_a_warning_is_repeated_now_and_then_but_not_in_each_row():
+    _, heard = watch(flat, rows=40, warm_up=0, persistence=1)
+    assert [row for row, messages in enumerate(heard) if messages] == [0, 10, 20, 30]
+
+
+def test_a_sharpened_teacher_is_given_time_to_leave_the_uniform_plateau():
+    _, heard = watch(flat, rows=60, teacher_temp=0.04, warm_up=8, plateau=40)
+    assert [row for row, messages in enumerate(heard) if messages] == [8 + 40 - 1, 8 + 50 - 1]
 
 
 def test_a_passing_condition_is_no_warning():
-    flat = outputs(torch.zeros(2 * B, K), torch.randn(2 * B, D))
-    _, heard = watch(lambda step: flat if step in (12, 13, 16) else healthy(step))
+    _, heard = watch(lambda step: flat(step) if step in (12, 13, 16) else healthy(step), teacher_temp=0.04)
     assert not any(heard)
+
+
+def batches(count, size):
+    """Global crops of 64 images (stripes of colours): noise and brightness differ between views."""
+    colours = torch.randn(64, 3, 4, 1)
+    masks = torch.zeros(2 * size, 8, dtype=torch.bool)
+    masks[:size, :3] = True
+    indices = masks.flatten().nonzero().flatten()
+    result = []
+    for _ in range(count):
+        positions = torch.randint(0, 64, (size,))
+        images = colours[positions].repeat_interleave(8, 2).expand(-1, -1, -1, 16)
+        views = [images * (1 + 0.2 * torch.randn(size, 1, 1, 1)) + 0.3 * torch.randn(size, 3, 32, 16) for _ in range(2)]
+        result.append(
+            CropBatch(
+                global_crops=torch.cat(views),
+                local_crops=None,
+                masks=masks,
+                mask_indices=indices,
+                mask_weights=torch.full((len(indices),), 1 / 3),
+                positions=positions,
+                bad=[],
+            )
+        )
+    return result
+
+
+def train(*overrides, steps=110, every=8):
+    """A real training, tiny; returns the last row and every warning."""
+    recipe = """crops.global_size=[32,16] crops.local_crops=0 crops.local_size=[16,8] model.arch=vit_micro
+        model.patch_size=8 model.drop_path=0.0 head.prototypes=64 head.patch_prototypes=64 head.hidden_dim=64
+        head.bottleneck_dim=32 train.batch_size=16 train.epochs=10 train.precision=fp32 optim.warmup_epochs=1
+        optim.lr=8e-3 optim.momentum=[0.95,1.0] optim.freeze_last_layer_epochs=0 loss.teacher_temp_warmup_epochs=1"""
+    cfg = load_config(PretrainConfig, None, [*recipe.split(), *overrides])
+    trainer = PretrainStep(cfg, Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu")), steps // 10)
+    monitor = HealthMonitor(64, 128)
+    pool, heard, row = batches(16, 16), [], {}
+    for step in range(steps):
+        seen = trainer.forward_backward(pool[step % 16], step, 0)
+        centre = trainer.dino_loss.centre.clone()
+        trainer.finish(step)
+        monitor.update(seen, centre, trainer.teacher_temp(0), cfg.loss.student_temp)
+        if step % every == every - 1:
+            row = monitor.row()
+            heard += monitor.warnings()
+    return row, heard
+
+
+def test_healthy_training_stays_silent():
+    row, heard = train()
+    assert not heard
+    assert row["view_top1"] > 5 * row["view_chance"]
+    assert row["marginal_entropy"] - row["teacher_entropy"] > 1
+
+
+def test_training_without_centring_and_sharpening_is_reported():
+    row, heard = train(
+        "loss.centre_momentum=1.0",
+        "loss.student_temp=0.2",
+        "loss.teacher_temp=[0.2,0.2]",
+        "loss.teacher_patch_temp=[0.2,0.2]",
+    )
+    assert row["student_teacher_kl"] < 0.02
+    assert any("Targets that do not depend on the image" in message for message in heard)
 
 
 def test_state_continues_exactly(tmp_path):
@@ -212,3 +298,52 @@ def test_large_batches_are_sampled_and_odd_ones_fit_the_window():
     row = monitor.row()
     assert row["view_chance"] == pytest.approx(1 / 8)
     assert all(math.isfinite(value) for value in row.values())
+
+
+class Colours:
+    """Source of images of one colour each."""
+
+    def __init__(self, count):
+        self.colours = torch.randint(0, 256, (count, 3), generator=torch.Generator().manual_seed(0)).tolist()
+
+    def __len__(self):
+        return len(self.colours)
+
+    def path(self, index):
+        return str(index)
+
+    def load(self, index):
+        return Image.new("RGB", (20, 40), tuple(self.colours[index]))
+
+
+class MeanColour(nn.Module):
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(scale))
+
+    def embed(self, images):
+        assert not self.training
+        return torch.cat([images.mean((2, 3)) * self.scale, torch.ones(len(images), 1)], dim=1)
+
+
+PLAIN = CropsConfig(
+    global_size=(16, 8), local_size=(8, 8), jitter_probability=0.0, grayscale=0.0, solarize=(0.0, 0.0, 0.0)
+)
+
+
+def test_view_retrieval_finds_what_the_backbone_tells_apart():
+    source = Colours(60)
+    backbone = MeanColour(1.0).train()
+    assert view_retrieval(backbone, source, PLAIN, 40, seed=0, batch_size=7) == 1.0
+    assert backbone.training
+    assert view_retrieval(MeanColour(0.0), source, PLAIN, 40, seed=0) == pytest.approx(1 / 40)
+
+
+def test_view_retrieval_asks_the_same_question_again():
+    source, state = Colours(30), torch.get_rng_state()
+    cfg = CropsConfig(global_size=(16, 8), local_size=(8, 8))
+    scores = [view_retrieval(MeanColour(1.0), source, cfg, 30, seed) for seed in (0, 0, 1, 2, 3)]
+    assert scores[0] == scores[1]
+    assert len(set(scores)) > 1
+    assert 1 / 30 < scores[0] < 1
+    assert torch.equal(torch.get_rng_state(), state)
