@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import timeit
 
 import pytest
 import torch
@@ -38,6 +39,18 @@ def test_number_of_threads_does_not_matter() -> None:
         assert torch.equal(ops.block_masks(wanted, 16, 8, seed=3), one)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_fast_enough_for_the_data_path() -> None:
+    """50,000 masks a second on one core; seen: ten times that."""
+    wanted = targets(20000)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        seconds = min(timeit.repeat(lambda: ops.block_masks(wanted, 16, 8, seed=3), number=1, repeat=5))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(wanted) / seconds > 50_000
 
 
 def test_seed_and_number_matter_and_torch_generators_do_not() -> None:
