@@ -23,7 +23,7 @@ from personvit.retrieval import RankingResult, evaluate_backbone
 from personvit.retrieval.features import Backbone, RawPixels
 from personvit.runtime.entry import run
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("personvit.evaluate")  # __name__ is "__main__" under python -m
 
 _RAW_SIZE = (64, 32)
 _RANDOM_SIZE = (256, 128)
