@@ -143,6 +143,14 @@ def test_dropped_sequence_passes_the_block_unchanged():
     torch.testing.assert_close(mixed[5:], model.blocks[0](tokens, groups)[5:])
 
 
+def test_attention_and_mlp_branch_have_their_own_scale():
+    block, groups = _tiny(depth=1).blocks[0], [(1, 5)]
+    tokens, factors = torch.randn(5, 32), torch.tensor([3.0, 5.0])
+    attended = tokens + 3 * block.attn(block.norm1(tokens), groups)
+    expected = attended + 5 * block.mlp(block.norm2(attended))
+    torch.testing.assert_close(block(tokens, groups, factors.view(2, 1, 1).expand(2, 5, 1)), expected)
+
+
 def test_evaluation_mode_is_deterministic_and_training_mode_is_not():
     model, image = _tiny(drop_path_rate=0.9), _crops((8, 64, 32))[0]
     assert not torch.equal(model(image), model(image))

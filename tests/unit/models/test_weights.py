@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import compileall
 import json
 import os
 
@@ -188,27 +189,29 @@ def test_load_into_another_width_changes_nothing(tmp_path):
 
 
 class _Payload:
-    """Would create a file if its pickle were executed."""
+    """Would create a folder if its pickle were executed."""
 
-    def __init__(self, marker: str) -> None:
-        self.marker = marker
+    def __init__(self, function, marker) -> None:
+        self.function, self.marker = function, str(marker)
 
     def __reduce__(self):
-        return os.mkdir, (self.marker,)
+        return self.function, (self.marker,)
 
 
-def test_file_that_would_run_code_is_refused(tmp_path):
+# torch refuses everything in the module `os` by name; compileall is on no such list.
+@pytest.mark.parametrize("function", [os.mkdir, compileall.compile_dir])
+def test_file_that_would_run_code_is_refused(tmp_path, function):
     marker = tmp_path / "executed"
-    content = {"teacher": _prefixed(_vit(), "backbone."), "args": _Payload(str(marker))}
+    content = {"teacher": _prefixed(_vit(), "backbone."), "args": _Payload(function, marker)}
     torch.save(content, tmp_path / "evil.pth")
-    with pytest.raises(CheckpointError, match=r"refused.*mkdir.*state_dict"):
+    with pytest.raises(CheckpointError, match=rf"refused.*{function.__name__}.*state_dict"):
         load_backbone(tmp_path / "evil.pth")
     assert not marker.exists()
 
 
 def test_namespace_cannot_smuggle_code(tmp_path):
     marker = tmp_path / "executed"
-    content = {"teacher": _prefixed(_vit(), "backbone."), "args": argparse.Namespace(inner=_Payload(str(marker)))}
+    content = {"teacher": _prefixed(_vit(), "backbone."), "args": argparse.Namespace(inner=_Payload(os.mkdir, marker))}
     torch.save(content, tmp_path / "evil.pth")
     with pytest.raises(CheckpointError, match="refused"):
         load_backbone(tmp_path / "evil.pth")
