@@ -278,11 +278,7 @@ class HealthMonitor:
             ring.written = int(state[name]["written"])
 
     def _rings(self) -> list[tuple[str, _Ring]]:
-        return [
-            ("embeddings", self._embeddings),
-            ("assignments", self._assignments),
-            ("patch_assignments", self._patch_assignments),
-        ]
+        return [("embeddings", self._embeddings), ("choices", self._assignments), ("patches", self._patch_assignments)]
 
 
 def embedding_spread(embeddings: Tensor) -> dict[str, float]:
