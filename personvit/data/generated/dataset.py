@@ -125,7 +125,7 @@ def _require_empty(root: Path) -> None:
         if any(root.iterdir()):
             raise DataError(
                 f"{root} is not empty: generated persons are written to a new or empty folder only, so that nothing of "
-                f"yours is overwritten. Choose another one with --out DIR, or delete it first: rm -r {root}"
+                f"yours is overwritten. Choose another one with --out DIR, for example --out {root}-2"
             )
     elif root.exists():
         raise DataError(f"{root} is a file, not a folder. Choose a folder with --out DIR.")
