@@ -50,8 +50,9 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Configure, build, copy."""
-        key = hashlib.sha256(f"{_torch_folder()}|{sys.executable}".encode()).hexdigest()[:10]
-        folder = ROOT / "build" / f"cmake-{key}"  # CMake's cache names tools and torch by path: one folder for each
+        # CMake's cache names torch, Python and nvcc by path: a folder for each set of them.
+        paths = (_torch_folder(), sys.executable, os.environ.get("CUDA_HOME"), shutil.which("nvcc"))
+        folder = ROOT / "build" / f"cmake-{hashlib.sha256(repr(paths).encode()).hexdigest()[:10]}"
         folder.mkdir(parents=True, exist_ok=True)
         try:
             built = self._run_cmake(folder)
