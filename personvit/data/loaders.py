@@ -8,10 +8,13 @@ or micro-batches, nor where a run was interrupted, changes what is learned from.
 
 from __future__ import annotations
 
+import atexit
+import functools
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +35,9 @@ logger = logging.getLogger(__name__)
 MAX_WORKERS = 16
 MAX_UNREADABLE = 32
 """So many unreadable files in a row mean that the source itself is broken."""
+
+READER_GRACE_S = 60
+"""Seconds that a reader process works on after SIGTERM."""
 
 _ORDER, _CROPS, _MASKS = 0, 1, 2  # separate random streams of one (seed, epoch)
 
@@ -99,30 +105,38 @@ class PretrainLoader:
             num_workers=num_workers,
             prefetch_factor=prefetch if num_workers else None,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_ignore_signals if num_workers else None,
+            worker_init_fn=_outlive_signals if num_workers else None,
+            # Its own generator: the DataLoader would otherwise draw a seed (unused here) from the global one, and a
+            # resumed run, which opens its loader at another moment, would drift from the uninterrupted one.
+            generator=torch.Generator(),
         )
 
     def __len__(self) -> int:
         return len(self._plan)
 
     def __iter__(self) -> Iterator[CropBatch]:
-        batches = iter(self._loader)
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                raise DataError(
-                    f"a reader process died ({error}). Most often memory ran out, or the shared memory of a container "
-                    f"(raise it with docker run --shm-size=8g). Try data.num_workers=2 data.prefetch=1, or "
-                    f"data.num_workers=0."
-                ) from None
-            if isinstance(batch, PersonViTError):
-                raise batch
-            yield batch
+        batches = self._checked(iter(self._loader))
+        # Close what a program leaves open at its end, before multiprocessing waits for readers that have no orders.
+        atexit.register(_close, weakref.ref(batches))
+        return batches
+
+    @staticmethod
+    def _checked(items: Iterator[CropBatch | PersonViTError]) -> Generator[CropBatch, None, None]:
+        try:
+            for item in items:
+                if isinstance(item, PersonViTError):
+                    raise item
+                yield item
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                f"a reader process died ({error}). Most often memory ran out, or the shared memory of a container "
+                f"(raise it with docker run --shm-size=8g). Try data.num_workers=2 data.prefetch=1, or "
+                f"data.num_workers=0."
+            ) from None
+        finally:
+            del items  # the readers end now, even where a traceback keeps this frame
 
 
 def build_pretrain_loader(
@@ -159,9 +173,9 @@ def build_pretrain_loader(
             f"Set train.batch_size={fitting}, or start fewer ranks."
         )
     steps = steps_per_epoch(cfg, source)
-    num_workers = _worker_count(cfg.data.num_workers)
-    if cfg.data.loader == "auto" and epoch == 0 and start_step == 0:
-        logger.info("data.loader=auto: torchvision on the CPU, the only loader so far, %d workers", num_workers)
+    num_workers = reader_count(cfg.data.num_workers)
+    if cfg.data.loader == "auto":
+        _announce(num_workers)
     enabled = masks_enabled and epoch >= cfg.masks.start_epoch
     dataset = _MicroBatches(cfg, source, rank, world_size, epoch, steps, enabled)
     return PretrainLoader(dataset, start_step, steps, num_workers, cfg.data.prefetch)
@@ -210,9 +224,6 @@ class _MicroBatches(Dataset["CropBatch | PersonViTError"]):
         self._masks = BlockMaskGenerator(cfg.masks, (height // patch, width // patch))
         generator = np.random.Generator(np.random.PCG64(stream_seed(cfg.train.seed, _ORDER, epoch)))
         self._order = generator.permutation(len(source))[: steps * cfg.train.batch_size]  # position -> image
-
-    def __len__(self) -> int:
-        return len(self._order) // (self._size * self._world_size)
 
     def __getitem__(self, micro: int) -> CropBatch | PersonViTError:
         first = (micro * self._world_size + self._rank) * self._size
@@ -273,7 +284,7 @@ def _load_readable(source: ImageSource, index: int, bad: list[str]) -> tuple[int
     )
 
 
-def _worker_count(wanted: int) -> int:
+def reader_count(wanted: int) -> int:
     """Reader processes: as asked, or the cores that this process may use, at most `MAX_WORKERS`, less one."""
     if wanted >= 0:
         return wanted
@@ -281,10 +292,23 @@ def _worker_count(wanted: int) -> int:
     return min(MAX_WORKERS, cores) - 1
 
 
-def _ignore_signals(worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach the whole process group; only the main process may answer them.
+@functools.cache
+def _announce(num_workers: int) -> None:
+    """Say once, not every epoch, which loader `auto` stands for."""
+    logger.info("data.loader=auto -> torchvision (the loader that is built in), %d reader processes", num_workers)
 
-    It still needs its readers for the step it is in. They end when it closes the loader, or when it is gone.
+
+def _outlive_signals(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach the whole process group, but only the main process may answer them.
+
+    It still needs its readers for the step it is in. They end when it closes the loader or is gone; the alarm ends
+    them if it does neither.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(READER_GRACE_S))
+
+
+def _close(batches: weakref.ref[Generator[CropBatch, None, None]]) -> None:
+    generator = batches()
+    if generator is not None:
+        generator.close()
