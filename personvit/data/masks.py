@@ -8,6 +8,7 @@ from torch import Tensor
 
 from personvit import ops
 from personvit.config import MasksConfig
+from personvit.errors import ConfigError
 from personvit.runtime.seed import stream_seed
 
 _RATIO, _PLACE = 0, 1  # separate random streams of one seed
@@ -26,6 +27,9 @@ class BlockMaskGenerator:
     Args:
         cfg: ratios, aspect range and shape.
         grid: patch rows and columns of a global crop.
+
+    Raises:
+        ConfigError: the operator cannot draw on such a grid, or with such an aspect range.
     """
 
     def __init__(self, cfg: MasksConfig, grid: tuple[int, int]) -> None:
@@ -33,6 +37,13 @@ class BlockMaskGenerator:
         self.grid = grid
         self._mean = np.asarray(cfg.ratio, dtype=np.float64)
         self._half_width = np.asarray(cfg.ratio_var, dtype=np.float64)
+        try:
+            ops.block_masks(torch.zeros(0), *grid, seed=0, aspect=cfg.aspect)
+        except ValueError as error:
+            raise ConfigError(
+                f"{error} (patch grid {grid[0]}x{grid[1]} = crops.global_size / model.patch_size, "
+                f"masks.aspect={list(cfg.aspect)})"
+            ) from None
 
     def __call__(self, count: int, seed: int, first: int = 0, enabled: bool = True) -> Tensor:
         """Draw the masks of crops first ... first + count - 1.
