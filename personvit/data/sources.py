@@ -29,6 +29,7 @@ LAYOUT_FOLDERS = {
 
 SOURCE_NAMES = ("auto", "generated", "folder", "list", *LAYOUT_FOLDERS)
 
+_SEPARATOR = os.fsencode(os.sep)
 _ENDINGS = tuple(ending.encode() for ending in EXTENSIONS)
 
 
@@ -173,7 +174,7 @@ class ListSource(_PathSource):
 
 def _checked_entry(file: str | Path, number: int, line: bytes, root: str) -> bytes:
     entry = os.path.normpath(line)
-    if not os.path.isabs(entry) and entry.split(os.fsencode(os.sep), 1)[0] == b"..":
+    if not os.path.isabs(entry) and entry.split(_SEPARATOR, 1)[0] == b"..":
         raise DataError(
             f"list {file}, line {number}: {os.fsdecode(line)} climbs out of {root}. Move the list to a folder above "
             f"its images, or write absolute paths."
@@ -183,26 +184,35 @@ def _checked_entry(file: str | Path, number: int, line: bytes, root: str) -> byt
 
 def _scan(root: bytes) -> tuple[list[bytes], int]:
     """Relative paths of the images below a resolved folder, sorted, and the number of links skipped."""
-    prefix = len(root.rstrip(b"/")) + 1
-    inside = root.rstrip(b"/") + b"/"
+    inside = root.rstrip(_SEPARATOR) + _SEPARATOR
     found: list[bytes] = []
     skipped = 0
     pending = [root]
     while pending:
-        with os.scandir(pending.pop()) as entries:
-            for entry in entries:
-                if entry.name.startswith(b"."):
-                    continue
-                if entry.is_dir(follow_symlinks=False):
-                    pending.append(entry.path)
-                elif entry.is_symlink() and not (
-                    os.path.realpath(entry.path).startswith(inside) and os.path.isfile(entry.path)
-                ):
-                    skipped += 1
-                elif entry.name.lower().endswith(_ENDINGS):
-                    found.append(entry.path[prefix:])
+        for entry in _entries(pending.pop()):
+            if entry.name.startswith(b"."):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                pending.append(entry.path)
+            elif entry.is_symlink() and not (
+                os.path.realpath(entry.path).startswith(inside) and os.path.isfile(entry.path)
+            ):
+                skipped += 1
+            elif entry.name.lower().endswith(_ENDINGS):
+                found.append(entry.path[len(inside) :])
     found.sort()
     return found, skipped
+
+
+def _entries(folder: bytes) -> list[os.DirEntry[bytes]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise DataError(
+            f"{os.fsdecode(folder)}: cannot be listed ({error.strerror}). Check its permissions (ls -ld), or give the "
+            f"readable images as a text file of paths."
+        ) from None
 
 
 def read_image(path: str) -> Image.Image:
