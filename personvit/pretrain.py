@@ -30,7 +30,7 @@ examples:
 
 --out holds config.yaml resolved.yaml metrics.jsonl tensorboard/ train.log checkpoints/ exported/backbone.safetensors.
 exit codes: 0 done; 1 other errors; 2 configuration; 3 data; 4 checkpoint; 5 run folder in use; 6 backend; 7 not finite;
-75 stopped by SIGTERM or SIGINT after saving (run again with --resume auto).
+75 stopped by SIGTERM or SIGINT after saving (run again with --resume auto); 130 stopped by a second one, not saved.
 """
 
 
@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config",
         metavar="NAME|FILE",
-        help=f"recipe (default {DEFAULT_RECIPE}): {', '.join(recipes())}; or a YAML file",
+        help=f"recipe: {', '.join(recipes())}; or a YAML file (default {DEFAULT_RECIPE}; with --resume: the run's own)",
     )
     parser.add_argument("--fused", action="store_true", help="fastest operators here; same as kernels.backend=fused")
     parser.add_argument("--out", metavar="DIR", help="run folder (default runs/pretrain-RECIPE)")
@@ -114,9 +114,9 @@ def main(argv: list[str] | None = None) -> int:
     """
     arguments = _parser().parse_intermixed_args(argv)
     recipe = arguments.config
-    resumed_config = RunFolder(arguments.out).resolved if arguments.out else None
-    if recipe is None and arguments.resume and resumed_config is not None and resumed_config.is_file():
-        recipe = str(resumed_config)
+    out = Path(arguments.out or Path("runs") / f"pretrain-{Path(recipe or DEFAULT_RECIPE).stem}")
+    if recipe is None and arguments.resume and RunFolder(out).config.is_file():
+        recipe = str(RunFolder(out).config)  # the run goes on as it was begun
     overrides = [*(["kernels.backend=fused"] if arguments.fused else []), *arguments.overrides]
     cfg = load_config(PretrainConfig, recipe or DEFAULT_RECIPE, overrides)
     if arguments.print_config:
@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
         recipe = DEFAULT_RECIPE
     result = pretrain(
         cfg,
-        arguments.out or Path("runs") / f"pretrain-{Path(recipe).stem}",
+        out,
         resume=arguments.resume,
         overwrite=arguments.overwrite,
         given=given_yaml(recipe, overrides),

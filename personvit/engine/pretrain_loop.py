@@ -31,6 +31,7 @@ from personvit.runtime.progress import Throughput, format_duration, log_progress
 from personvit.runtime.runlog import BadImages, MetricLog, RunFolder
 from personvit.runtime.seed import rng_state, set_rng_state
 from personvit.runtime.signals import StopSignal
+from personvit.runtime.telemetry import GpuTelemetry
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ class PretrainRun:
         self.trainer = PretrainStep(cfg, ranks, self.steps_per_epoch)
         self.health = HealthMonitor(cfg.head.prototypes, self.trainer.model.teacher.backbone.embed_dim)
         self.probe = self._build_probe()
+        self._telemetry = GpuTelemetry(ranks.local_rank) if ranks.device.type == "cuda" else None
         path = resume_path(folder, resume)
         if path is not None:
             self._restore(path)
@@ -107,7 +109,7 @@ class PretrainRun:
                 while self.step < self.stop_step:
                     interrupted = self._run_epoch(signal)
                     saved = self._save(end_of_epoch=self.step % self.steps_per_epoch == 0)
-                    if interrupted:
+                    if interrupted and self.step < self.stop_step:
                         logger.warning(
                             "stopped at step %d, saved %s; continue with --resume auto", saved, self.folder.last
                         )
@@ -212,8 +214,10 @@ class PretrainRun:
         done = self.step - 1
         lr = float(self.trainer.schedules.lr[done])
         memory = memory_gb(self.ranks.device)
+        gpu = self._telemetry.sample() if self._telemetry is not None else None
         self.metrics.write(
             self.step,
+            "train",
             epoch=self.step / self.steps_per_epoch,
             loss=result.loss,
             loss_cls=result.loss_cls,
@@ -227,6 +231,7 @@ class PretrainRun:
             data_wait=self._pace.data_wait,
             memory_gb=memory,
             skipped=self.skipped,
+            **(gpu.as_row() if gpu is not None else {}),
         )
         log_progress(
             f"step {self.step}/{self.stop_step}  epoch {self.step / self.steps_per_epoch:.2f}/{self.cfg.train.epochs}  "

@@ -6,11 +6,13 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
-from personvit.errors import EXIT_INTERRUPTED, PersonViTError
+from personvit.errors import PersonViTError
 from personvit.runtime.distributed import is_main, shutdown
 from personvit.runtime.progress import ConsoleHandler
 
 Main = Callable[[list[str] | None], int]
+
+_EXIT_KEYBOARD_INTERRUPT = 130  # what shells report for a program that SIGINT ended; nothing was saved
 
 
 def setup_logging(level: int = logging.INFO) -> None:
@@ -21,6 +23,8 @@ def setup_logging(level: int = logging.INFO) -> None:
         handler = ConsoleHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))
         package.addHandler(handler)
+    # `python -m personvit.VERB` runs the entry module under the name __main__; its messages are the package's too.
+    logging.getLogger("__main__").parent = package
 
 
 def run(main: Main, argv: Sequence[str] | None = None) -> int:
@@ -31,7 +35,8 @@ def run(main: Main, argv: Sequence[str] | None = None) -> int:
         argv: arguments; None: those of this process.
 
     Returns:
-        What `main` returned, or the `exit_code` of the `PersonViTError`, or `EXIT_INTERRUPTED` after Ctrl-C.
+        What `main` returned, or the `exit_code` of the `PersonViTError`, or 130 after a Ctrl-C that `main` did not
+        answer itself.
     """
     setup_logging()
     try:
@@ -41,6 +46,6 @@ def run(main: Main, argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
-        return EXIT_INTERRUPTED
+        return _EXIT_KEYBOARD_INTERRUPT
     finally:
         shutdown()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 
@@ -15,11 +16,12 @@ from personvit.engine.checkpoint import read_checkpoint, write_checkpoint
 from personvit.engine.step import PretrainStep, StepResult
 from personvit.errors import CheckpointError, NonFiniteError
 from personvit.models.weights import load_backbone
-from personvit.pretrain import pretrain
+from personvit.pretrain import pretrain as pretrain_anywhere
 from personvit.runtime.distributed import Ranks
 from personvit.runtime.runlog import RunFolder, read_metrics
 
 CPU = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+pretrain = functools.partial(pretrain_anywhere, ranks=CPU)
 
 
 @pytest.fixture(scope="module")
