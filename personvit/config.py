@@ -357,7 +357,7 @@ class EvaluateConfig:
     flip: bool = False
     """Add the feature of the mirrored image (off in the published protocol)."""
     raw_pixels: bool = False
-    """Evaluate raw pixels (64x32, normalised) instead of a model: the baseline of the data card."""
+    """Evaluate raw pixels (64x32, standardised per image) instead of a model: the baseline of the data card."""
 
 
 C = TypeVar("C", PretrainConfig, EvaluateConfig)

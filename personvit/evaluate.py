@@ -113,7 +113,7 @@ def build_subject(cfg: EvaluateConfig) -> Subject:
     if cfg.raw_pixels:
         size = cfg.image_size or _RAW_SIZE
         text = f"baseline without a model: raw pixels at {size[0]}x{size[1]}"
-        return Subject(RawPixels(), text, size, IMAGENET_MEAN, IMAGENET_STD)
+        return Subject(RawPixels(), text, size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     if cfg.model.weights is None:
         size = cfg.image_size or _RANDOM_SIZE
         with torch.random.fork_rng():

@@ -61,11 +61,12 @@ class FeatureSet:
 
 
 class RawPixels(nn.Module):
-    """Baseline without a model: the feature of an image is its pixels."""
+    """Baseline without a model: the pixels of an image, standardised so that brightness and contrast drop out."""
 
     def embed(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, 3 H W]."""
-        return images.flatten(1)
+        """[B, 3, H, W] -> [B, 3 H W], each row with mean 0 and variance 1."""
+        pixels = images.flatten(1)
+        return (pixels - pixels.mean(dim=1, keepdim=True)) / (pixels.std(dim=1, correction=0, keepdim=True) + 1e-6)
 
 
 def to_input(image: Image.Image, image_size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> Tensor:
