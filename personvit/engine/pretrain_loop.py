@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 _KEPT_BATCHES = 10
 """Batches of steps that were not finite that a rank writes down at most: at full size one takes a gigabyte."""
+_ROWS_BETWEEN_WARNINGS = 10
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class PretrainResult:
         step: optimiser steps done.
         interrupted: a signal stopped it; `--resume auto` goes on.
         checkpoint: the newest checkpoint.
-        backbone: the teacher's backbone.
+        backbone: the teacher's backbone, as of the last end of an epoch or of the run.
     """
 
     step: int
@@ -81,6 +82,7 @@ class PretrainRun:
         self.step = 0
         self.skipped = 0
         self._skipped_in_row = 0
+        self._next_warning = 0
         self.trainer = PretrainStep(cfg, ranks, self.steps_per_epoch)
         self.health = HealthMonitor(cfg.head.prototypes, self.trainer.model.teacher.backbone.embed_dim)
         self.probe = self._build_probe()
@@ -206,7 +208,15 @@ class PretrainRun:
             row = self.health.row()
             if row:
                 self.metrics.write(self.step, "health", **row)
-            for warning in self.health.warnings():
+            self._warn(self.health.warnings())
+
+    def _warn(self, warnings: list[str]) -> None:
+        """Health warnings: at once when the first appears, then again after every `_ROWS_BETWEEN_WARNINGS` rows."""
+        if not warnings:
+            self._next_warning = 0
+        elif self.step >= self._next_warning:
+            self._next_warning = self.step + _ROWS_BETWEEN_WARNINGS * self.cfg.health.every
+            for warning in warnings:
                 logger.warning("health at step %d: %s", self.step, warning)
 
     def _log_progress(self, result: StepResult) -> None:
@@ -302,8 +312,10 @@ class PretrainRun:
         set_rng_state(own["rng"])
         logger.info("continuing from %s at step %d of %d", path, self.step, self.stop_step)
 
-    def _metadata(self) -> dict[str, str]:
-        return {"step": str(self.step), "epoch": str(self.step // self.steps_per_epoch), "personvit": __version__}
+    def _metadata(self) -> dict[str, Any]:
+        crops = self.cfg.crops
+        epoch = self.step // self.steps_per_epoch
+        return {"mean": list(crops.mean), "std": list(crops.std), "step": self.step, "epoch": epoch}
 
     def _log_plan(self) -> None:
         cfg, ranks = self.cfg, self.ranks

@@ -47,9 +47,14 @@ def init_distributed() -> Ranks:
     Without `WORLD_SIZE` in the environment (no launcher) no process group is made.
 
     Raises:
-        ConfigError: more ranks on this machine than CUDA devices.
+        ConfigError: more ranks on this machine than CUDA devices, or several ranks without a launcher.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size > 1 and "MASTER_ADDR" not in os.environ:
+        raise ConfigError(
+            f"WORLD_SIZE={size} is set, but MASTER_ADDR is not, so the ranks cannot find each other. Start them with "
+            f"torchrun --nproc-per-node {size} -m personvit.pretrain ..., or unset WORLD_SIZE for one process."
+        )
     rank = int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = _device(local_rank)

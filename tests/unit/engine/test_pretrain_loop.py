@@ -13,6 +13,7 @@ from tiny_runs import assert_same, tiny_config, write_crops
 from personvit.data.loaders import build_pretrain_loader
 from personvit.data.sources import FolderSource
 from personvit.engine.checkpoint import read_checkpoint, write_checkpoint
+from personvit.engine.health import HealthMonitor
 from personvit.engine.step import PretrainStep, StepResult
 from personvit.errors import CheckpointError, NonFiniteError
 from personvit.models.weights import load_backbone
@@ -111,7 +112,8 @@ def test_published_layout(crops, tmp_path):
     names = sorted(path.name for path in result.checkpoint.parent.iterdir())
     assert names == ["checkpoint0002.pth", "last.pth"]
     assert read_checkpoint(result.checkpoint.with_name("checkpoint0002.pth"))["epoch"] == 3
-    exported, _ = load_backbone(result.backbone)
+    exported, info = load_backbone(result.backbone)
+    assert info.metadata["mean"] == list(cfg.crops.mean)
     for name, tensor in exported.items():
         assert torch.equal(tensor, state["teacher"][f"backbone.{name}"]), name
 
@@ -204,6 +206,14 @@ def test_steps_in_a_row_that_are_not_finite_stop_the_run(crops, tmp_path):
     rows = read_metrics(tmp_path / "run/metrics.jsonl", "train")
     assert rows[-1]["loss"] is None
     assert rows[-1]["skipped"] == 2
+
+
+def test_collapse_is_told_once_in_ten_rows(crops, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(HealthMonitor, "warnings", lambda self: ["collapse"] if self._rows != 4 else [])
+    cfg = tiny_config(crops, "health.every=1", "train.epochs=4")
+    pretrain(cfg, tmp_path / "run")
+    told = [record.args[0] for record in caplog.records if record.msg.startswith("health")]
+    assert told == [1, 5, 15]
 
 
 def test_snapshot_path_is_numbered_as_published():

@@ -47,6 +47,13 @@ def test_one_process_needs_no_launcher(monkeypatch):
     assert not any_rank(False, ranks.device)
 
 
+def test_ranks_without_a_launcher(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(ConfigError, match="torchrun --nproc-per-node 4"):
+        init_distributed()
+
+
 def test_on_main_passes_the_error_on():
     with pytest.raises(PersonViTError, match="full"):
         on_main(lambda: raising(PersonViTError("full"))(None), torch.device("cpu"))
