@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,17 @@ TINY = [
     "health.every=2",
     "data.num_workers=0",
 ]
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Such small tensors are slower on several threads, and many times slower where cores are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def write_crops(folder: Path, count: int = 16) -> Path:

@@ -1,13 +1,19 @@
 from __future__ import annotations
 
 import pytest
-from tiny_runs import arguments, write_crops
+from tiny_runs import arguments, one_thread, write_crops
 
 from personvit import __main__ as command
 from personvit import __version__
 from personvit.config import PretrainConfig, load_config
 from personvit.pretrain import main as pretrain_main
 from personvit.runtime.entry import run
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    with one_thread():
+        yield
 
 
 def test_help_lists_only_verbs_that_exist(capsys):

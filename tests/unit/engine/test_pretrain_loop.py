@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny_runs import assert_same, tiny_config, write_crops
+from tiny_runs import assert_same, one_thread, tiny_config, write_crops
 
 from personvit.data.loaders import build_pretrain_loader
 from personvit.data.sources import FolderSource
@@ -23,6 +23,12 @@ from personvit.runtime.runlog import RunFolder, read_metrics
 
 CPU = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 pretrain = functools.partial(pretrain_anywhere, ranks=CPU)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
