@@ -123,6 +123,9 @@ class CropsConfig:
             _check(len(getattr(self, key)) == 3, f"crops.{key}", getattr(self, key), "three probabilities")
             _check_probability(f"crops.{key}", getattr(self, key))
         _check_probability("crops.flip", (self.flip, self.jitter_probability, self.grayscale))
+        strengths, hue = self.jitter[:3], self.jitter[3]
+        _check(min(strengths) >= 0, "crops.jitter", self.jitter, "brightness, contrast and saturation of 0 or more")
+        _check(0 <= hue <= 0.5, "crops.jitter", self.jitter, "a hue in [0, 0.5] of a turn")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +148,7 @@ class MasksConfig:
         for mean, var in zip(self.ratio, self.ratio_var, strict=True):
             _check(0 <= var <= mean and mean + var < 1, "masks.ratio", (mean, var), "0 <= var <= mean, mean + var < 1")
         _check_choice("masks.shape", self.shape, ("block", "rand"))
+        _check_range("masks.aspect", self.aspect, 0.0, 100.0)
         _check(self.start_epoch >= 0, "masks.start_epoch", self.start_epoch, "0 or more")
 
 

@@ -24,7 +24,7 @@ from personvit.engine.health import HealthMonitor
 from personvit.engine.probe import RetrievalProbe
 from personvit.engine.resume import check_same_run, resume_path
 from personvit.engine.step import PretrainStep, StepResult
-from personvit.errors import NonFiniteError
+from personvit.errors import DataError, NonFiniteError
 from personvit.models.weights import save_backbone
 from personvit.runtime.distributed import Ranks, any_rank, on_main
 from personvit.runtime.progress import Throughput, format_duration, log_progress, memory_gb
@@ -271,7 +271,11 @@ class PretrainRun:
         every = self.cfg.health.probe_every_epochs
         if self.probe is None or self.metrics is None or not every or epochs_done % every:
             return
-        row = self.probe.run(self.trainer.model.teacher.backbone)
+        try:
+            row = self.probe.run(self.trainer.model.teacher.backbone)
+        except DataError as error:  # a labelled image went bad: no reason to end days of training
+            logger.warning("no probe at epoch %d: %s", epochs_done, error)
+            return
         self.metrics.write(self.step, "probe", **row)
         logger.info("probe at epoch %d: %s", epochs_done, "  ".join(f"{key} {value:.4g}" for key, value in row.items()))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -44,6 +45,15 @@ def run(main: Main, argv: Sequence[str] | None = None) -> int:
     except PersonViTError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        place = f" while writing {error.filename}" if error.filename else ""
+        sys.stderr.write(
+            f"error: the disk is full{place}. Checkpoints that were there are whole. Free some space (df -h shows where "
+            f"it went) and run the same command with --resume auto.\n"
+        )
+        return PersonViTError.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return _EXIT_KEYBOARD_INTERRUPT

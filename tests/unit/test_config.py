@@ -81,6 +81,9 @@ def test_plain_values_are_built_in_types():
         ("loss.centering=center", ["Did you mean loss.centering=centre?"]),
         ("crops.global_scale=[0.9,0.4]", ["crops.global_scale"]),
         ("model.drop_path=1.0", ["model.drop_path=1.0"]),
+        ("crops.jitter=[0.4,0.4,0.2,0.7]", ["crops.jitter", "a hue in [0, 0.5]"]),
+        ("crops.jitter=[-1,0,0,0]", ["crops.jitter", "0 or more"]),
+        ("masks.aspect=[0,2]", ["masks.aspect"]),
     ],
 )
 def test_bad_values_name_value_cause_and_remedy(override, words):

@@ -15,7 +15,7 @@ from personvit.data.sources import FolderSource
 from personvit.engine.checkpoint import read_checkpoint, write_checkpoint
 from personvit.engine.health import HealthMonitor
 from personvit.engine.step import PretrainStep, StepResult
-from personvit.errors import CheckpointError, NonFiniteError
+from personvit.errors import CheckpointError, DataError, NonFiniteError
 from personvit.models.weights import load_backbone
 from personvit.pretrain import pretrain as pretrain_anywhere
 from personvit.runtime.distributed import Ranks
@@ -224,3 +224,16 @@ def test_collapse_is_told_once_in_ten_rows(crops, tmp_path, caplog, monkeypatch)
 
 def test_snapshot_path_is_numbered_as_published():
     assert RunFolder("runs/a").snapshot(220).as_posix() == "runs/a/checkpoints/checkpoint0220.pth"
+
+
+def test_a_probe_that_fails_does_not_end_the_run(crops, tmp_path, caplog, monkeypatch):
+    def broken(self, backbone):
+        raise DataError("query/0001_c1s1_000001_00.jpg: cannot be read as an image")
+
+    monkeypatch.setattr("personvit.engine.probe.RetrievalProbe.__init__", lambda self, *args: None)
+    monkeypatch.setattr("personvit.engine.probe.RetrievalProbe.run", broken)
+    cfg = tiny_config(crops, "data.probe_root=anywhere", "health.probe_every_epochs=1")
+    with caplog.at_level("WARNING", logger="personvit"):
+        result = pretrain(cfg, tmp_path / "run")
+    assert result.step == 8
+    assert "no probe at epoch 1: query/0001_c1s1_000001_00.jpg" in caplog.text

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
@@ -28,6 +29,15 @@ def test_errors_become_one_line_and_an_exit_code(capsys):
     assert capsys.readouterr().err == "error: train.epochs=0 is out of range\n"
     assert run(raising(KeyboardInterrupt()), []) == 130
     assert run(lambda argv: len(argv or []), ["a", "b"]) == 2
+
+
+def test_full_disk_is_explained(capsys):
+    assert run(raising(OSError(errno.ENOSPC, "No space left on device", "runs/a/metrics.jsonl")), []) == 1
+    message = capsys.readouterr().err
+    assert "disk is full while writing runs/a/metrics.jsonl" in message
+    assert "--resume auto" in message
+    with pytest.raises(PermissionError):
+        run(raising(PermissionError(errno.EACCES, "Permission denied")), [])
 
 
 def test_bugs_keep_their_traceback():
