@@ -23,11 +23,11 @@ from personvit.visualization.curves import plot_run
 logger = logging.getLogger("personvit.demo")  # `python -m` names this module __main__
 
 _WHAT_IT_SHOWS = """\
-What this shows: every part works on this machine, and on {valid} queries of persons that the model has never seen, the
-features order a gallery as the table says. Training saw no label.
-What it cannot show: how good PersonViT is. This is a {arch} at {height}x{width} after {steps} steps on drawn persons; the
-recipe of the paper is a ViT-S or ViT-B at 256x128 for 300 epochs on 4 million crops. Self-distillation needs thousands of
-steps to pay off; a run as short as this one mostly picks up colour and layout of clothes.\
+What this shows: every part works on this machine, and how the features order a gallery for {valid} queries of persons
+that the model has never seen. Training saw no label.
+What it cannot show: how good PersonViT is. This is a {arch} at {height}x{width} after {steps} steps on drawn persons;
+the recipe of the paper is a ViT-S or ViT-B at 256x128 for 300 epochs on 4 million crops. Self-distillation needs
+thousands of steps to pay off.\
 """
 
 

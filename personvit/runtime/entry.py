@@ -50,8 +50,8 @@ def run(main: Main, argv: Sequence[str] | None = None) -> int:
             raise
         place = f" while writing {error.filename}" if error.filename else ""
         sys.stderr.write(
-            f"error: the disk is full{place}. Checkpoints that were there are whole. Free some space (df -h shows where "
-            f"it went) and run the same command with --resume auto.\n"
+            f"error: the disk is full{place}. Checkpoints that were there are whole. Free some space (df -h shows "
+            f"where it went) and run the same command with --resume auto.\n"
         )
         return PersonViTError.exit_code
     except KeyboardInterrupt:
