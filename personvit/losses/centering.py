@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -73,29 +75,39 @@ class TeacherTargets(nn.Module):
     after the loss that used the old c. `accumulate` only sums; `apply_centre` does the update, once per optimiser step,
     so that n micro-batches give the centre of one large batch.
 
+    A subclass names the buffer and gives its number of axes, of which the last has K entries.
+
     Args:
-        name: name of the centre in the state dict.
-        shape: shape of the centre; its last axis is the number of prototypes K.
-        momentum: m; 1 never moves the centre.
+        prototypes: K.
+        student_temp: student temperature.
+        centre_momentum: m; 1 never moves the centre.
         centering: "centre" or "sinkhorn" (no centre is used).
         sinkhorn_iterations: alternations of Sinkhorn-Knopp.
     """
 
+    centre_name: ClassVar[str]
+    centre_axes: ClassVar[int]
+
     def __init__(
-        self, name: str, shape: tuple[int, ...], momentum: float, centering: str, sinkhorn_iterations: int
+        self,
+        prototypes: int,
+        student_temp: float = 0.1,
+        centre_momentum: float = 0.9,
+        centering: str = "centre",
+        sinkhorn_iterations: int = 3,
     ) -> None:
         super().__init__()
-        self._centre_name = name
-        self.centre_momentum = momentum
+        self.student_temp = student_temp
+        self.centre_momentum = centre_momentum
         self.centering = centering
         self.sinkhorn_iterations = sinkhorn_iterations
-        self.register_buffer(name, torch.zeros(shape))
+        self.register_buffer(self.centre_name, torch.zeros((1,) * (self.centre_axes - 1) + (prototypes,)))
         self._pending: Tensor | None = None  # [K + 1] float32: sum of logits, and how many
 
     @property
     def centre(self) -> Tensor:
         """The buffer that holds the centre."""
-        return self.get_buffer(self._centre_name)
+        return self.get_buffer(self.centre_name)
 
     @torch.no_grad()
     def targets(self, teacher_logits: Tensor, temperature: float) -> Tensor:

@@ -15,26 +15,11 @@ class DINOLoss(TeacherTargets):
     and 8 local crops). The cross entropy is linear in log-softmax, so one log-softmax per student view is enough:
     sum over v != q of log p_v = (sum over all v) - log p_q.
 
-    State dict: `center` [1, K].
-
-    Args:
-        prototypes: K.
-        student_temp: student temperature.
-        centre_momentum: momentum of the centre; 1 never moves it.
-        centering: "centre" or "sinkhorn".
-        sinkhorn_iterations: alternations of Sinkhorn-Knopp.
+    State dict: `center` [1, K]. Arguments: those of `TeacherTargets`.
     """
 
-    def __init__(
-        self,
-        prototypes: int,
-        student_temp: float = 0.1,
-        centre_momentum: float = 0.9,
-        centering: str = "centre",
-        sinkhorn_iterations: int = 3,
-    ) -> None:
-        super().__init__("center", (1, prototypes), centre_momentum, centering, sinkhorn_iterations)
-        self.student_temp = student_temp
+    centre_name = "center"
+    centre_axes = 2
 
     def forward(self, student_cls: Tensor, teacher_cls: Tensor, views: int, teacher_temp: float) -> Tensor:
         """Mean cross entropy over images and over pairs of different views.

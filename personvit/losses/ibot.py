@@ -15,26 +15,11 @@ class IBOTPatchLoss(TeacherTargets):
     Only masked patches are given here, each with the weight 1 / (masked patches of its crop); the sum over the number
     of crops is the same value.
 
-    State dict: `center2` [1, 1, K'].
-
-    Args:
-        prototypes: K'.
-        student_temp: student temperature.
-        centre_momentum: momentum of the centre; 1 never moves it.
-        centering: "centre" or "sinkhorn".
-        sinkhorn_iterations: alternations of Sinkhorn-Knopp.
+    State dict: `center2` [1, 1, K']. Arguments: those of `TeacherTargets`.
     """
 
-    def __init__(
-        self,
-        prototypes: int,
-        student_temp: float = 0.1,
-        centre_momentum: float = 0.9,
-        centering: str = "centre",
-        sinkhorn_iterations: int = 3,
-    ) -> None:
-        super().__init__("center2", (1, 1, prototypes), centre_momentum, centering, sinkhorn_iterations)
-        self.student_temp = student_temp
+    centre_name = "center2"
+    centre_axes = 3
 
     def forward(
         self, student_patch: Tensor, teacher_patch: Tensor, mask_weights: Tensor, crops: int, teacher_temp: float
