@@ -206,7 +206,9 @@ class LossConfig:
     teacher_temp_warmup_epochs: int = 30
     """(iBOT)."""
     centering: str = "centre"
-    """centre (iBOT) or sinkhorn (DINOv2; another objective)."""
+    """CLS: centre (iBOT) or sinkhorn (DINOv2; another objective)."""
+    patch_centering: str = "centre"
+    """Patches: centre (iBOT) or sinkhorn (DINOv2)."""
     centre_momentum: float = 0.9
     """(iBOT). 1.0 never moves the centre from 0."""
     sinkhorn_iterations: int = 3
@@ -215,7 +217,8 @@ class LossConfig:
     lambda_patch: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_choice("loss.centering", self.centering, ("centre", "sinkhorn"))
+        for key in ("centering", "patch_centering"):
+            _check_choice(f"loss.{key}", getattr(self, key), ("centre", "sinkhorn"))
         _check(self.student_temp > 0, "loss.student_temp", self.student_temp, "more than 0")
         for key in ("teacher_temp", "teacher_patch_temp"):
             pair = getattr(self, key)
@@ -270,8 +273,10 @@ class TrainConfig:
     """torch.compile of the blocks."""
     seed: int = 0
     log_every: int = 10
+    save_every_epochs: int = 1
+    """Write checkpoints/last.pth at the end of every so many epochs, and at the end of the run."""
     save_every_steps: int = 0
-    """Write checkpoints/last.pth also every so many steps; 0: at the end of each epoch only."""
+    """Write it also every so many steps; 0: only as above."""
     keep_every_epochs: int = 20
     """Keep a snapshot checkpointNNNN.pth (inferred: 20)."""
     non_finite_limit: int = 5
@@ -280,7 +285,8 @@ class TrainConfig:
     """torch.use_deterministic_algorithms; the CPU path is deterministic either way."""
 
     def __post_init__(self) -> None:
-        for key in ("epochs", "batch_size", "accumulate", "log_every", "non_finite_limit", "keep_every_epochs"):
+        positive = ("epochs", "batch_size", "accumulate", "log_every", "non_finite_limit", "keep_every_epochs")
+        for key in (*positive, "save_every_epochs"):
             _check(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "1 or more")
         _check(self.max_steps is None or self.max_steps >= 1, "train.max_steps", self.max_steps, "1 or more")
         _check(self.save_every_steps >= 0, "train.save_every_steps", self.save_every_steps, "0 or more")

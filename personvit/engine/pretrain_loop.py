@@ -105,21 +105,21 @@ class PretrainRun:
         self.metrics = MetricLog(self.folder, self.step) if self.ranks.is_main else None
         self.bad_images = BadImages(self.folder)
         self._pace = Throughput()
-        saved = -1
+        begin = self.step
         try:
             with StopSignal() as signal:
                 while self.step < self.stop_step:
                     interrupted = self._run_epoch(signal)
-                    saved = self._save(end_of_epoch=self.step % self.steps_per_epoch == 0)
+                    self._end_epoch(interrupted)
                     if interrupted and self.step < self.stop_step:
                         logger.warning(
-                            "stopped at step %d, saved %s; continue with --resume auto", saved, self.folder.last
+                            "stopped at step %d, saved %s; continue with --resume auto", self.step, self.folder.last
                         )
                         return self._result(interrupted=True)
         finally:
             if self.metrics is not None:
                 self.metrics.close()
-        if saved < 0:
+        if self.step == begin:
             logger.info("nothing left to do: %d of %d steps are done", self.step, self.stop_step)
         else:
             logger.info("done: %d steps; backbone in %s", self.step, self.folder.exported)
@@ -139,7 +139,7 @@ class PretrainRun:
             if any_rank(signal.received is not None, self.ranks.device):
                 return True
             if every and self.step % every == 0 and self.step < end:
-                self._save(end_of_epoch=False)
+                self._save()
         return False
 
     def _run_step(self, batches: Iterator[CropBatch]) -> None:
@@ -158,12 +158,14 @@ class PretrainRun:
             self._skipped_in_row = 0
             if self.ranks.is_main:
                 loss = self.cfg.loss
-                centre = None if loss.centering == "sinkhorn" else centres[0]
-                patch_temp = self.trainer.patch_temp(self.step)
                 self.health.update(
-                    outputs, centre, self.trainer.teacher_temp(self.step), loss.student_temp,
-                    patch_centre=centres[1], patch_temp=patch_temp,
-                )  # fmt: skip
+                    outputs,
+                    centres[0] if loss.centering == "centre" else None,
+                    self.trainer.teacher_temp(self.step),
+                    loss.student_temp,
+                    patch_centre=centres[1] if loss.patch_centering == "centre" else None,
+                    patch_temp=self.trainer.patch_temp(self.step),
+                )
         else:
             self._skip(result, held)
         self._pace.add(self.cfg.train.batch_size, waited)
@@ -251,21 +253,29 @@ class PretrainRun:
         )
         self._pace.reset()
 
-    def _save(self, *, end_of_epoch: bool) -> int:
-        """Write last.pth, and at the end of an epoch the snapshot and probe that are due; returns the step."""
-        epochs_done = self.step // self.steps_per_epoch
+    def _end_epoch(self, interrupted: bool) -> None:
+        """Write the checkpoint, export, snapshot and probe that are due; the epoch may have been cut short."""
+        epochs_done, rest = divmod(self.step, self.steps_per_epoch)
+        whole = rest == 0
+        snapshot = epochs_done - 1  # numbered from 0
+        keep = whole and snapshot > 0 and snapshot % self.cfg.train.keep_every_epochs == 0
+        finished = self.step >= self.stop_step
+        export = finished or keep or (whole and epochs_done % self.cfg.train.save_every_epochs == 0)
+        if export or interrupted:
+            self._save()
+        if export and self.ranks.is_main:
+            save_backbone(self.trainer.model.teacher.backbone, self.folder.exported, self._metadata())
+        if keep and self.ranks.is_main:
+            keep_snapshot(self.folder.last, self.folder.snapshot(snapshot))
+        if whole:
+            on_main(lambda: self._run_probe(epochs_done), self.ranks.device)
+        self._pace.reset()  # none of this is training
+
+    def _save(self) -> None:
+        """Write last.pth."""
         if self.ranks.is_main:
             write_checkpoint(self.folder.last, self._state())
-            if end_of_epoch or self.step >= self.stop_step:
-                backbone = self.trainer.model.teacher.backbone
-                save_backbone(backbone, self.folder.exported, self._metadata())
-            snapshot = epochs_done - 1
-            if end_of_epoch and snapshot > 0 and snapshot % self.cfg.train.keep_every_epochs == 0:
-                keep_snapshot(self.folder.last, self.folder.snapshot(snapshot))
-        if end_of_epoch:
-            on_main(lambda: self._run_probe(epochs_done), self.ranks.device)
-        self._pace.reset()  # saving is not training
-        return self.step
+        self._pace.reset()
 
     def _run_probe(self, epochs_done: int) -> None:
         every = self.cfg.health.probe_every_epochs

@@ -65,9 +65,10 @@ class PretrainStep:
         self.model = StudentTeacher(cfg).to(ranks.device)
         self._network: nn.Module = self.model.student
         loss = cfg.loss
-        options = (loss.student_temp, loss.centre_momentum, loss.centering, loss.sinkhorn_iterations)
-        self.dino_loss = DINOLoss(cfg.head.prototypes, *options).to(ranks.device)
-        self.patch_loss = IBOTPatchLoss(cfg.head.patch_prototypes, *options).to(ranks.device)
+        cls_options = (loss.student_temp, loss.centre_momentum, loss.centering, loss.sinkhorn_iterations)
+        patch_options = (loss.student_temp, loss.centre_momentum, loss.patch_centering, loss.sinkhorn_iterations)
+        self.dino_loss = DINOLoss(cfg.head.prototypes, *cls_options).to(ranks.device)
+        self.patch_loss = IBOTPatchLoss(cfg.head.patch_prototypes, *patch_options).to(ranks.device)
         self.optimizer = torch.optim.AdamW(
             param_groups(self._network),
             lr=cfg.optim.lr,

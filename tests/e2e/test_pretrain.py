@@ -103,7 +103,8 @@ def test_full_disk_during_the_run(crops, tmp_path, capsys):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_sinkhorn_separate_heads_and_no_local_crops(crops, tmp_path, precision):
-    extra = ["loss.centering=sinkhorn", "head.shared=false", "head.patch_prototypes=48", "crops.local_crops=0"]
+    sinkhorn = ["loss.centering=sinkhorn", "loss.patch_centering=sinkhorn"]
+    extra = [*sinkhorn, "head.shared=false", "head.patch_prototypes=48", "crops.local_crops=0"]
     extra += [f"train.precision={precision}", "masks.shape=rand", "masks.start_epoch=1", "train.epochs=3"]
     assert run(main, arguments(crops, tmp_path / "run", *extra)) == 0
     rows = read_metrics(tmp_path / "run/metrics.jsonl", "train")

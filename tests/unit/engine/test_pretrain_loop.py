@@ -237,3 +237,17 @@ def test_a_probe_that_fails_does_not_end_the_run(crops, tmp_path, caplog, monkey
         result = pretrain(cfg, tmp_path / "run")
     assert result.step == 8
     assert "no probe at epoch 1: query/0001_c1s1_000001_00.jpg" in caplog.text
+
+
+def test_saving_every_few_epochs(crops, tmp_path, monkeypatch):
+    written = []
+
+    def count(path, state):
+        written.append(state["epoch"])
+        write_checkpoint(path, state)
+
+    monkeypatch.setattr("personvit.engine.pretrain_loop.write_checkpoint", count)
+    cfg = tiny_config(crops, "train.epochs=5", "train.save_every_epochs=2", "train.keep_every_epochs=2")
+    result = pretrain(cfg, tmp_path / "run")
+    assert written == [2, 3, 4, 5]  # 3: a snapshot is due; 5: the end
+    assert read_checkpoint(result.checkpoint)["epoch"] == 5
