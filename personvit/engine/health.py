@@ -14,7 +14,7 @@ from personvit.config import CropsConfig
 from personvit.data.crops import MultiCrop
 from personvit.data.sources import ImageSource
 from personvit.models.ssl import SSLOutputs
-from personvit.models.vit import VisionTransformer
+from personvit.retrieval.features import Backbone, device_of
 from personvit.runtime.seed import stream_seed
 
 _POINT_STD = 0.02
@@ -358,7 +358,7 @@ _MESSAGES = {
 
 @torch.no_grad()
 def view_retrieval(
-    backbone: VisionTransformer,
+    backbone: Backbone,
     source: ImageSource,
     crops_cfg: CropsConfig,
     count: int,
@@ -372,7 +372,7 @@ def view_retrieval(
     alone, so that two backbones are asked the same question. The backbone is evaluated where it is, in eval mode.
 
     Args:
-        backbone: anything with `embed(x [B, 3, H, W]) -> [B, D]`.
+        backbone: a model, or raw pixels.
         source: unlabelled images.
         crops_cfg: augmentation of the training; local crops are left out.
         count: images, at most the length of the source.
@@ -384,9 +384,9 @@ def view_retrieval(
     """
     count = min(count, len(source))
     crops = MultiCrop(replace(crops_cfg, local_crops=0))
-    device = next(backbone.parameters()).device
+    device = device_of(backbone)
     training = backbone.training
-    backbone.eval()
+    backbone.train(False)
     parts: list[list[Tensor]] = [[], []]
     for start in range(0, count, batch_size):
         numbers = range(start, min(start + batch_size, count))

@@ -40,6 +40,12 @@ class Backbone(Protocol):
         """Parameters; the first one says on which device to compute."""
 
 
+def device_of(model: Backbone) -> torch.device:
+    """Where a model computes: the device of its first parameter, the CPU if it has none."""
+    first = next(iter(model.parameters()), None)
+    return torch.device("cpu") if first is None else first.device
+
+
 @dataclass(frozen=True)
 class FeatureSet:
     """Features of images, with their labels.
@@ -129,8 +135,7 @@ def extract_features(
         collate_fn=_collate,
         generator=torch.Generator(),  # else each pass would draw from the global one
     )
-    first = next(iter(model.parameters()), None)
-    device = torch.device("cpu") if first is None else first.device
+    device = device_of(model)
     training = model.training
     model.train(False)
     parts: list[Tensor] = []
