@@ -20,7 +20,14 @@ from personvit.runtime.runlog import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 
-TINY = [
+TINY = [  # on top of the recipe demo, which may be tuned: what tests rely on is said here
+    "loss.centering=centre",
+    "loss.teacher_temp=[0.04,0.07]",
+    "loss.teacher_patch_temp=[0.04,0.07]",
+    "optim.lr=5e-4",
+    "optim.momentum=[0.99,1.0]",
+    "optim.freeze_last_layer_epochs=1",
+    "head.norm_last_layer=false",
     "model.patch_size=8",
     "model.drop_path=0.0",
     "crops.global_size=[32,16]",
