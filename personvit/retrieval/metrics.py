@@ -29,6 +29,7 @@ class RankingResult:
         valid: [Q] bool.
         all_AP: [valid.sum()] float64, average precision of the valid queries in query order.
         all_INP: [valid.sum()] float64, likewise.
+        all_first: [valid.sum()] int64, 1-based rank of the first match, likewise.
     """
 
     mAP: float
@@ -37,6 +38,7 @@ class RankingResult:
     valid: BoolArray
     all_AP: FloatArray
     all_INP: FloatArray
+    all_first: IntArray
 
     def rank(self, k: int) -> float:
         """CMC at rank k >= 1, in [0, 1]; beyond the last stored rank it is that rank's value."""
@@ -50,6 +52,18 @@ class Labels(NamedTuple):
     g_pids: IntArray
     q_camids: IntArray
     g_camids: IntArray
+
+    def under(self, protocol: str) -> Labels:
+        """The labels by which a protocol scores: under `keep` no query shares a camera with the gallery."""
+        if protocol == "market":
+            return self
+        if protocol != "keep":
+            raise ValueError(f"protocol={protocol!r}: expected market or keep")
+        return self._replace(q_camids=np.full_like(self.q_camids, -1), g_camids=np.zeros_like(self.g_camids))
+
+    def rows(self, part: slice) -> Labels:
+        """The labels of some queries and of the whole gallery."""
+        return self._replace(q_pids=self.q_pids[part], q_camids=self.q_camids[part])
 
 
 @dataclass(frozen=True)
@@ -74,6 +88,8 @@ def rank_metrics(
     q_camids: npt.ArrayLike,
     g_camids: npt.ArrayLike,
     max_rank: int = 50,
+    *,
+    protocol: str = "market",
 ) -> RankingResult:
     """mAP, CMC and mINP of a distance matrix.
 
@@ -90,12 +106,15 @@ def rank_metrics(
         q_camids: [Q] cameras of the queries.
         g_camids: [G] cameras of the gallery.
         max_rank: length of `cmc`; cut to G if the gallery is smaller.
+        protocol: market takes out same identity and camera; keep counts such entries as matches (for sets of one
+            camera; not comparable with published figures).
 
     Raises:
-        ValueError: shapes that do not fit together, or max_rank < 1.
+        ValueError: shapes that do not fit together, max_rank < 1, or an unknown protocol.
         DataError: NaN in `distmat`, or no valid query; the message counts the causes.
     """
     labels = Labels(*(np.asarray(x, dtype=np.int64) for x in (q_pids, g_pids, q_camids, g_camids)))
+    labels = labels.under(protocol)
     return summarise(score_queries(distmat, labels), labels, max_rank)
 
 
@@ -144,6 +163,7 @@ def summarise(scores: QueryScores, labels: Labels, max_rank: int = 50) -> Rankin
         valid=valid,
         all_AP=scores.average_precision[valid],
         all_INP=scores.inverse_penalty[valid],
+        all_first=scores.first[valid],
     )
 
 
@@ -187,7 +207,10 @@ def why_no_query_is_valid(labels: Labels) -> str:
     own_camera = len(q_pids) - absent
     if own_camera > absent:
         cameras = len(np.unique(np.concatenate([q_camids, g_camids])))
-        cause = f"Likely cause: the camera labels ({cameras} distinct) are wrong, or the set has one camera only"
+        cause = (
+            f"Likely cause: the same-camera rule. The camera labels ({cameras} distinct) are wrong, or the set has one "
+            f"camera only; then count matches of the same camera with --protocol keep (in Python: protocol='keep')"
+        )
     else:
         cause = "Likely cause: query and gallery come from different data sets, or a label file is shifted"
     return (

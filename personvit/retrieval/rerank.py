@@ -1,0 +1,241 @@
+"""k-reciprocal re-ranking (Zhong et al. 2017) with the values of the published code, in bounded memory.
+
+The order of operations is that of hustvl/PersonViT, utils/reranking.py, in float32 throughout; the published code
+rounds the encoding to float16. The encoding is sparse here: nothing of size N x N exists, N = Q + G.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, overload
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from personvit import ops
+from personvit.config import RERANK_PRESETS
+from personvit.errors import ConfigError
+from personvit.retrieval.checks import Features, check_features
+from personvit.retrieval.distances import pairwise_distance
+from personvit.retrieval.memory import available_memory, format_bytes
+
+_BLOCK = 1024  # queries whose re-ranked distances are held at once: 1024 x 82,161 of MSMT17 is 321 MiB
+_SLICE = 4096  # images whose neighbours are searched between two steps of the progress bar
+_PROGRESS_FROM = 8192  # images; shorter work needs no progress bar
+_SUGGESTED_TOP = 100
+
+
+class RankedLists(NamedTuple):
+    """The first gallery images of every query.
+
+    Attributes:
+        distances: [Q, R] float32, ascending; equal ones by the lower gallery index.
+        indices: [Q, R] int64 into the gallery.
+    """
+
+    distances: Tensor
+    indices: Tensor
+
+
+@dataclass(frozen=True)
+class RerankParameters:
+    """Parameters of re-ranking.
+
+    Attributes:
+        k1: size of the neighbourhoods, 1 or more; cut to what there is.
+        k2: rows averaged in the local query expansion, 1 (none) or more.
+        lambda_value: share of the original distance in the result, 0 to 1.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    k1: int = 20
+    k2: int = 6
+    lambda_value: float = 0.3
+
+    def __post_init__(self) -> None:
+        for name, value in (("k1", self.k1), ("k2", self.k2)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(
+                    f"Re-ranking with {name}={value}: expected a whole number, 1 or more. "
+                    f"Set it with rerank.{name}=VALUE; the published values are {_presets()}."
+                )
+        if not 0 <= self.lambda_value <= 1:
+            raise ConfigError(
+                f"Re-ranking with lambda_value={self.lambda_value}: expected a share from 0 (Jaccard distance only) "
+                f"to 1 (original distance only). Set it with rerank.lambda_value=VALUE, e.g. 0.3."
+            )
+
+    @property
+    def preset(self) -> str | None:
+        """Name of the published setting that these values are; None for any other."""
+        values = (self.k1, self.k2, self.lambda_value)
+        return next((name for name, preset in RERANK_PRESETS.items() if preset == values), None)
+
+    def __str__(self) -> str:
+        name = f" ({self.preset})" if self.preset else ""
+        return f"k1={self.k1} k2={self.k2} lambda={self.lambda_value:g}{name}"
+
+
+@overload
+def rerank(
+    query: Features,
+    gallery: Features,
+    k1: int = ...,
+    k2: int = ...,
+    lambda_value: float = ...,
+    *,
+    top: None = ...,
+    progress: bool = ...,
+) -> Tensor: ...
+
+
+@overload
+def rerank(
+    query: Features,
+    gallery: Features,
+    k1: int = ...,
+    k2: int = ...,
+    lambda_value: float = ...,
+    *,
+    top: int,
+    progress: bool = ...,
+) -> RankedLists: ...
+
+
+def rerank(
+    query: Features,
+    gallery: Features,
+    k1: int = 20,
+    k2: int = 6,
+    lambda_value: float = 0.3,
+    *,
+    top: int | None = None,
+    progress: bool = False,
+) -> Tensor | RankedLists:
+    """Distances of queries to the gallery after k-reciprocal re-ranking.
+
+    Args:
+        query: [Q, D] features, rows of length 1 (any length works, but nothing published uses one).
+        gallery: [G, D] features of the same model, on the same device.
+        k1: size of the neighbourhoods; may exceed the number of images.
+        k2: rows averaged in the local query expansion; 1: none.
+        lambda_value: share of the original distance, 0 to 1.
+        top: give only the best so many of each query (at most G) instead of the matrix.
+        progress: show a bar if there is a terminal and the sets are large.
+
+    Returns:
+        [Q, G] float32, smaller is closer; or the `RankedLists` of the best `top`.
+
+    Raises:
+        ConfigError: a parameter out of range, or not enough memory for the matrix; the message tells how much.
+        DataError: features that are empty, not finite, zero, or of two widths.
+    """
+    parameters = RerankParameters(k1, k2, lambda_value)
+    query, gallery = check_features(query, gallery)
+    if top is None:
+        _check_memory(len(query), len(gallery), query.device)
+        blocks = reranked_blocks(query, gallery, parameters, progress=progress)
+        result = query.new_empty((len(query), len(gallery)))
+        for rows, block in zip(torch.split(result, _BLOCK), blocks, strict=True):
+            rows.copy_(block)
+        return result
+    if top < 1:
+        raise ConfigError(f"top={top}: expected 1 or more gallery images per query, or None for the whole matrix.")
+    lists = [
+        first_ranks(block, min(top, len(gallery)))
+        for block in reranked_blocks(query, gallery, parameters, progress=progress)
+    ]
+    return RankedLists(torch.cat([one.distances for one in lists]), torch.cat([one.indices for one in lists]))
+
+
+def reranked_blocks(
+    query: Tensor, gallery: Tensor, parameters: RerankParameters, *, progress: bool = False
+) -> Iterator[Tensor]:
+    """The matrix of `rerank` as consecutive blocks of queries, [b, G] each with b = 1024 but for the last.
+
+    Arguments as in `rerank`, checked. The values of a query do not depend on the block that it is in.
+    """
+    count = len(query)
+    features = torch.cat([query, gallery])  # [N, D]
+    hide_bar = not progress or len(features) < _PROGRESS_FROM or None  # None: hidden unless on a terminal
+    with tqdm(total=len(features), desc="re-rank: neighbours", unit="img", disable=hide_bar) as bar:
+        neighbours, row_max = _neighbours(features, max(parameters.k1 + 1, parameters.k2), bar)
+    encoding = _encode(features, neighbours, row_max, parameters)
+    del features, neighbours
+    with tqdm(total=count, desc="re-rank: distances", unit="query", disable=hide_bar) as bar:
+        for start in range(0, count, _BLOCK):
+            rows = slice(start, min(start + _BLOCK, count))
+            part = _rows_and_gallery(encoding, rows, count)
+            block = ops.jaccard(*part, rows.stop - rows.start)[:, : len(gallery)]  # [b, G]
+            original = pairwise_distance(query[rows], gallery).div_(row_max[rows, None])
+            yield block.mul_(1 - parameters.lambda_value).add_(original, alpha=parameters.lambda_value)
+            bar.update(len(block))
+
+
+def first_ranks(distances: Tensor, count: int) -> RankedLists:
+    """The `count` smallest of each row, ordered by (distance, index). [Q, G] -> two of [Q, count]."""
+    limit = distances.kthvalue(count, dim=1, keepdim=True).values  # [Q, 1]
+    indices = torch.empty((len(distances), count), dtype=torch.int64, device=distances.device)
+    for row, (values, largest) in enumerate(zip(distances, limit, strict=True)):
+        candidates = torch.nonzero(values <= largest).flatten()  # in the order of the index, more than count if tied
+        indices[row] = candidates[values[candidates].sort(stable=True).indices[:count]]
+    return RankedLists(distances.gather(1, indices), indices)
+
+
+class _Encoding(NamedTuple):
+    """Sparse rows of all images, queries first: row i holds indices[indptr[i] : indptr[i + 1]], ascending."""
+
+    indptr: Tensor  # [N + 1] int64
+    indices: Tensor  # [nnz] int64
+    values: Tensor  # [nnz] float32
+
+
+def _neighbours(features: Tensor, k: int, bar: tqdm) -> tuple[Tensor, Tensor]:
+    """The k nearest images of each image [N, min(k, N)] int64, and its largest distance to any [N] float32."""
+    indices, row_max = [], []
+    for rows in torch.split(features, _SLICE):
+        _, nearest, largest = ops.nearest(rows, features, min(k, len(features)))
+        indices.append(nearest)
+        row_max.append(largest)
+        bar.update(len(rows))
+    return torch.cat(indices), torch.cat(row_max)
+
+
+def _encode(features: Tensor, neighbours: Tensor, row_max: Tensor, parameters: RerankParameters) -> _Encoding:
+    k1, k2 = parameters.k1, parameters.k2
+    indptr, indices = ops.k_reciprocal(neighbours[:, : k1 + 1].contiguous(), k1)
+    values = ops.reciprocal_weights(features, row_max, indptr, indices)
+    if k2 == 1:
+        return _Encoding(indptr, indices, values)
+    return _Encoding(*ops.query_expansion(indptr, indices, values, neighbours, k2))
+
+
+def _rows_and_gallery(encoding: _Encoding, rows: slice, num_query: int) -> _Encoding:
+    """The encoding of a few queries and of the whole gallery, then empty rows: columns still count all images."""
+    indptr, indices, values = encoding
+    a, b, c = (int(indptr[row]) for row in (rows.start, rows.stop, num_query))
+    ends = torch.cat([indptr[rows.start : rows.stop] - a, indptr[num_query:] - c + (b - a)])
+    return _Encoding(
+        torch.cat([ends, ends[-1:].expand(len(indptr) - len(ends))]),
+        torch.cat([indices[a:b], indices[c:]]),
+        torch.cat([values[a:b], values[c:]]),
+    )
+
+
+def _check_memory(queries: int, gallery: int, device: torch.device) -> None:
+    needed = queries * gallery * 4
+    free = available_memory(device)
+    if free is not None and needed > free:
+        raise ConfigError(
+            f"The re-ranked matrix of {queries:,} queries x {gallery:,} gallery images needs {format_bytes(needed)}, "
+            f"but only {format_bytes(free)} are free on {device}. Ask for the best of each query instead: "
+            f"rerank(..., top={_SUGGESTED_TOP}) needs {format_bytes(queries * min(gallery, _SUGGESTED_TOP) * 12)}."
+        )
+
+
+def _presets() -> str:
+    return ", ".join(f"{name} {k1}/{k2}/{lambda_value:g}" for name, (k1, k2, lambda_value) in RERANK_PRESETS.items())
