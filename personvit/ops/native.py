@@ -17,8 +17,8 @@ def load_cpu() -> str | None:
     """Load personvit._C (schemas and CPU operators) once. Returns why that failed, None if it did not."""
     reason = _load_library("_C.so")
     if reason is None:
-        torch.library.register_fake("personvit::block_masks", _fake_block_masks)
-        torch.library.register_fake("personvit::knn", _fake_knn)
+        for name, fake in _FAKES.items():
+            torch.library.register_fake(f"personvit::{name}", fake)
     return reason
 
 
@@ -51,10 +51,83 @@ def block_masks(
     return masks
 
 
-def knn(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`personvit::knn`; see `personvit.ops.knn`."""
-    distances, indices = torch.ops.personvit.knn(query, gallery, k)
-    return distances, indices
+def knn(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`personvit::knn`; see `personvit.ops.nearest`."""
+    distances, indices, row_max = torch.ops.personvit.knn(query, gallery, k)
+    return distances, indices, row_max
+
+
+def pairwise_distance(query: Tensor, gallery: Tensor) -> Tensor:
+    """`personvit::pairwise_distance`; see `personvit.ops.pairwise_distance`."""
+    distances: Tensor = torch.ops.personvit.pairwise_distance(query, gallery)
+    return distances
+
+
+def k_reciprocal(neighbours: Tensor, k1: int) -> tuple[Tensor, Tensor]:
+    """`personvit::k_reciprocal`; see `personvit.ops.k_reciprocal`."""
+    indptr, indices = torch.ops.personvit.k_reciprocal(neighbours, k1)
+    return indptr, indices
+
+
+def reciprocal_weights(features: Tensor, row_max: Tensor, indptr: Tensor, indices: Tensor) -> Tensor:
+    """`personvit::reciprocal_weights`; see `personvit.ops.reciprocal_weights`."""
+    values: Tensor = torch.ops.personvit.reciprocal_weights(features, row_max, indptr, indices)
+    return values
+
+
+def query_expansion(
+    indptr: Tensor, indices: Tensor, values: Tensor, neighbours: Tensor, k2: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`personvit::query_expansion`; see `personvit.ops.query_expansion`."""
+    new_indptr, new_indices, new_values = torch.ops.personvit.query_expansion(indptr, indices, values, neighbours, k2)
+    return new_indptr, new_indices, new_values
+
+
+def jaccard(indptr: Tensor, indices: Tensor, values: Tensor, num_query: int) -> Tensor:
+    """`personvit::jaccard`; see `personvit.ops.jaccard`."""
+    distances: Tensor = torch.ops.personvit.jaccard(indptr, indices, values, num_query)
+    return distances
+
+
+def rerank_matrix(
+    query: Tensor,
+    gallery: Tensor,
+    row_max: Tensor,
+    indptr: Tensor,
+    indices: Tensor,
+    values: Tensor,
+    lambda_value: float,
+) -> Tensor:
+    """`personvit::rerank_matrix`: the last stage of `personvit.ops.rerank`, all distances."""
+    distances: Tensor = torch.ops.personvit.rerank_matrix(
+        query, gallery, row_max, indptr, indices, values, lambda_value
+    )
+    return distances
+
+
+def rerank_lists(
+    query: Tensor,
+    gallery: Tensor,
+    row_max: Tensor,
+    indptr: Tensor,
+    indices: Tensor,
+    values: Tensor,
+    lambda_value: float,
+    top: int,
+) -> tuple[Tensor, Tensor]:
+    """`personvit::rerank_lists`: the last stage of `personvit.ops.rerank`, the best of each query."""
+    distances, best = torch.ops.personvit.rerank_lists(
+        query, gallery, row_max, indptr, indices, values, lambda_value, top
+    )
+    return distances, best
+
+
+def rank_counts(
+    distances: Tensor, q_pids: Tensor, g_pids: Tensor, q_camids: Tensor, g_camids: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`personvit::rank_counts`; see `personvit.ops.rank_counts`."""
+    precision, penalty, first, matches = torch.ops.personvit.rank_counts(distances, q_pids, g_pids, q_camids, g_camids)
+    return precision, penalty, first, matches
 
 
 def _load_library(name: str) -> str | None:
@@ -75,6 +148,83 @@ def _fake_block_masks(
     return targets.new_empty((targets.shape[0], height, width), dtype=torch.bool)
 
 
-def _fake_knn(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _fake_knn(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     shape = (query.shape[0], k)
+    return query.new_empty(shape), query.new_empty(shape, dtype=torch.int64), query.new_empty(query.shape[0])
+
+
+def _fake_pairwise_distance(query: Tensor, gallery: Tensor) -> Tensor:
+    return query.new_empty((query.shape[0], gallery.shape[0]))
+
+
+def _fake_k_reciprocal(neighbours: Tensor, k1: int) -> tuple[Tensor, Tensor]:
+    entries = torch.library.get_ctx().new_dynamic_size()  # known only when the sets are
+    return neighbours.new_empty(neighbours.shape[0] + 1), neighbours.new_empty(entries)
+
+
+def _fake_reciprocal_weights(features: Tensor, row_max: Tensor, indptr: Tensor, indices: Tensor) -> Tensor:
+    return features.new_empty(indices.shape[0])
+
+
+def _fake_query_expansion(
+    indptr: Tensor, indices: Tensor, values: Tensor, neighbours: Tensor, k2: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    entries = torch.library.get_ctx().new_dynamic_size()
+    return indptr.new_empty(indptr.shape[0]), indices.new_empty(entries), values.new_empty(entries)
+
+
+def _fake_jaccard(indptr: Tensor, indices: Tensor, values: Tensor, num_query: int) -> Tensor:
+    return values.new_empty((num_query, indptr.shape[0] - 1 - num_query))
+
+
+def _fake_rerank_matrix(
+    query: Tensor,
+    gallery: Tensor,
+    row_max: Tensor,
+    indptr: Tensor,
+    indices: Tensor,
+    values: Tensor,
+    lambda_value: float,
+) -> Tensor:
+    return query.new_empty((query.shape[0], gallery.shape[0]))
+
+
+def _fake_rerank_lists(
+    query: Tensor,
+    gallery: Tensor,
+    row_max: Tensor,
+    indptr: Tensor,
+    indices: Tensor,
+    values: Tensor,
+    lambda_value: float,
+    top: int,
+) -> tuple[Tensor, Tensor]:
+    shape = (query.shape[0], top)
     return query.new_empty(shape), query.new_empty(shape, dtype=torch.int64)
+
+
+def _fake_rank_counts(
+    distances: Tensor, q_pids: Tensor, g_pids: Tensor, q_camids: Tensor, g_camids: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    size = distances.shape[0]
+    real, whole = torch.float64, torch.int64
+    return (
+        distances.new_empty(size, dtype=real),
+        distances.new_empty(size, dtype=real),
+        distances.new_empty(size, dtype=whole),
+        distances.new_empty(size, dtype=whole),
+    )
+
+
+_FAKES = {
+    "block_masks": _fake_block_masks,
+    "knn": _fake_knn,
+    "pairwise_distance": _fake_pairwise_distance,
+    "k_reciprocal": _fake_k_reciprocal,
+    "reciprocal_weights": _fake_reciprocal_weights,
+    "query_expansion": _fake_query_expansion,
+    "jaccard": _fake_jaccard,
+    "rerank_matrix": _fake_rerank_matrix,
+    "rerank_lists": _fake_rerank_lists,
+    "rank_counts": _fake_rank_counts,
+}

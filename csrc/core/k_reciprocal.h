@@ -1,0 +1,123 @@
+// Reciprocal neighbour sets and their expansion (Zhong et al., Re-ranking Person Re-identification with k-reciprocal
+// Encoding, 2017, equations 2 and 3).
+//
+// Row j of the neighbour lists holds j's nearest points, as a rule with j itself among them. R(i, k) are the points of
+// the first k + 1 of row i that have i among the first k + 1 of their own row.
+#pragma once
+
+#include <cstdint>
+
+#include "core/macros.h"
+
+namespace personvit {
+
+// h = k1 / 2, a half rounded to the even neighbour as numpy does: 3 -> 2, 5 -> 2, 7 -> 4.
+PERSONVIT_HD inline int64_t half_neighbours(int64_t k1) {
+  const int64_t half = k1 / 2;
+  return k1 % 2 == 1 && half % 2 == 1 ? half + 1 : half;
+}
+
+struct NeighbourLists {
+  const int64_t* neighbours;  // [N, stride]
+  int64_t stride;
+
+  PERSONVIT_HD const int64_t* row(int64_t index) const { return neighbours + index * stride; }
+
+  PERSONVIT_HD bool holds(int64_t index, int64_t width, int64_t value) const {
+    const int64_t* list = row(index);
+    bool found = false;
+    for (int64_t at = 0; at < width; ++at) {
+      found |= list[at] == value;  // no early exit: the loop is short and vectorises
+    }
+    return found;
+  }
+
+  // Writes R(index, width - 1) in the order of the list, returns its size, at most width.
+  PERSONVIT_HD int64_t reciprocal(int64_t index, int64_t width, int64_t* set) const {
+    int64_t size = 0;
+    for (int64_t at = 0; at < width; ++at) {
+      const int64_t candidate = row(index)[at];
+      if (holds(candidate, width, index)) {
+        set[size++] = candidate;
+      }
+    }
+    return size;
+  }
+};
+
+// Sets of R(j, h) of all j, in rows of fixed width that -1 fills up.
+struct HalfReciprocal {
+  NeighbourLists lists;
+  int64_t width;  // h + 1, cut to the length of the lists
+  int64_t* sets;  // [N, width]
+
+  PERSONVIT_HD void operator()(int64_t row) const {
+    int64_t* set = sets + row * width;
+    for (int64_t at = lists.reciprocal(row, width, set); at < width; ++at) {
+      set[at] = -1;
+    }
+  }
+};
+
+// Puts a value into an ascending set, unless it is there; returns the new size.
+PERSONVIT_HD inline int64_t insert_sorted(int64_t* set, int64_t size, int64_t value) {
+  int64_t low = 0, high = size;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (set[middle] < value) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  if (low < size && set[low] == value) {
+    return size;
+  }
+  for (int64_t at = size; at > low; --at) {
+    set[at] = set[at - 1];
+  }
+  set[low] = value;
+  return size + 1;
+}
+
+// R*(i): R(i, k1), and R(j, h) of each of its points j where more than two thirds of R(j, h) lie in R(i, k1).
+struct ExpandedSets {
+  NeighbourLists lists;
+  int64_t width;             // k1 + 1, cut to the length of the lists
+  const int64_t* half_sets;  // [N, half_width], of HalfReciprocal
+  int64_t half_width;
+
+  // Room that a set may need.
+  PERSONVIT_HD int64_t capacity(int64_t rows) const {
+    const int64_t most = width * (1 + half_width);
+    return most < rows ? most : rows;
+  }
+
+  // Writes R*(row), ascending, into set [capacity]; mutual [width] is scratch. Returns its size.
+  PERSONVIT_HD int64_t operator()(int64_t row, int64_t* mutual, int64_t* set) const {
+    const int64_t count = lists.reciprocal(row, width, mutual);
+    int64_t size = 0;
+    for (int64_t at = 0; at < count; ++at) {
+      size = insert_sorted(set, size, mutual[at]);
+    }
+    for (int64_t at = 0; at < count; ++at) {
+      const int64_t* half = half_sets + mutual[at] * half_width;
+      int64_t length = 0, common = 0;
+      for (; length < half_width && half[length] >= 0; ++length) {
+        bool found = false;
+        for (int64_t other = 0; other < count; ++other) {
+          found |= mutual[other] == half[length];
+        }
+        common += found ? 1 : 0;
+      }
+      if (3 * common > 2 * length && common < length) {  // otherwise it brings nothing new
+        for (int64_t member = 0; member < length; ++member) {
+          size = insert_sorted(set, size, half[member]);
+        }
+      }
+    }
+    return size;
+  }
+};
+
+}  // namespace personvit
