@@ -10,6 +10,9 @@ from torch import Tensor
 
 from personvit.errors import DataError
 
+_LONGEST = 1e18
+"""Distances of longer features overflow float32."""
+
 Features: TypeAlias = "Tensor | npt.NDArray[Any]"
 
 
@@ -17,7 +20,7 @@ def check_features(query: Features, gallery: Features) -> tuple[Tensor, Tensor]:
     """Query [Q, D] and gallery [G, D] as contiguous float32 tensors without gradient on one device.
 
     Raises:
-        DataError: no row at all, different widths or devices, a value that is not finite, or a row of zeros.
+        DataError: no row at all, different widths or devices, a value that is not finite or huge, or a row of zeros.
     """
     parts = (_tensor("query", query), _tensor("gallery", gallery))
     for name, part in zip(("query", "gallery"), parts, strict=True):
@@ -49,15 +52,22 @@ def _tensor(name: str, features: Features) -> Tensor:
 
 
 def _check_rows(name: str, part: Tensor) -> None:
-    norms = torch.linalg.vector_norm(part, dim=1)  # NaN and infinity pass through
-    for fault, bad, cause in (
-        ("NaN or infinity", ~torch.isfinite(norms), "The weights likely come from a diverged training; take an earlier "
-         "checkpoint with model.weights=FILE"),
-        ("only zeros", norms == 0, "No such image has a direction to compare; was its feature never filled in? Extract "
-         "it again, or leave the image out"),
-    ):  # fmt: skip
+    lengths = torch.linalg.vector_norm(part, dim=1)  # NaN and infinity pass through
+    faults = (
+        (
+            "NaN, infinity or values whose squares overflow",
+            ~(lengths < _LONGEST),
+            "The weights likely come from a diverged training; take an earlier checkpoint with model.weights=FILE",
+        ),
+        (
+            "only zeros",
+            lengths == 0,
+            "Such an image has no direction to compare; was its feature never filled in? Extract it again, or leave "
+            "the image out",
+        ),
+    )
+    for fault, bad, cause in faults:
         rows = torch.nonzero(bad).flatten()
         if len(rows):
-            raise DataError(
-                f"{len(rows)} of {len(part)} {name} features hold {fault} (first: row {int(rows[0])}). {cause}."
-            )
+            first = int(rows[0])
+            raise DataError(f"{len(rows)} of {len(part)} {name} features hold {fault} (first: row {first}). {cause}.")

@@ -7,8 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
+from personvit import ops
 from personvit.errors import DataError
 
 IntArray = npt.NDArray[np.int64]
@@ -100,7 +102,7 @@ def rank_metrics(
     ties have a defined order and a short gallery is no error: CMC keeps its last value.
 
     Args:
-        distmat: [Q, G] float, smaller is closer.
+        distmat: [Q, G] float32, smaller is closer; wider types are rounded to it.
         q_pids: [Q] identities of the queries.
         g_pids: [G] identities of the gallery.
         q_camids: [Q] cameras of the queries.
@@ -121,30 +123,14 @@ def rank_metrics(
 def score_queries(distmat: Tensor | npt.NDArray[np.float32], labels: Labels) -> QueryScores:
     """Scores of each query of `distmat` [Q, G], so that a large set can be ranked block by block."""
     q_pids, g_pids, q_camids, g_camids = labels
-    rows = distmat.detach().cpu().numpy() if isinstance(distmat, Tensor) else np.asarray(distmat)
-    if rows.ndim != 2 or rows.shape != (len(q_pids), len(g_pids)):
-        raise ValueError(f"distmat is {rows.shape}, the labels say ({len(q_pids)}, {len(g_pids)})")
+    matrix = (distmat.detach() if isinstance(distmat, Tensor) else torch.as_tensor(distmat)).float()
+    if matrix.dim() != 2 or matrix.shape != (len(q_pids), len(g_pids)):
+        raise ValueError(f"distmat is {tuple(matrix.shape)}, the labels say ({len(q_pids)}, {len(g_pids)})")
     if len(q_camids) != len(q_pids) or len(g_camids) != len(g_pids):
         raise ValueError("pids and camids differ in length")
-    count = len(q_pids)
-    first = np.zeros(count, dtype=np.int64)
-    average_precision = np.zeros(count)
-    inverse_penalty = np.zeros(count)
-    for query in range(count):
-        row = rows[query]
-        if np.isnan(row).any():
-            raise DataError(
-                f"The distances of query {query} hold NaN, so nothing can be ranked. Likely the features are NaN: "
-                f"a diverged checkpoint. Evaluate an earlier one with model.weights=FILE."
-            )
-        same_pid = g_pids == q_pids[query]
-        same_camera = g_camids == q_camids[query]
-        ranks = _match_ranks(row, same_pid & ~same_camera, ~(same_pid & same_camera))
-        if len(ranks):
-            first[query] = ranks[0]
-            average_precision[query] = np.mean(np.arange(1, len(ranks) + 1) / ranks)
-            inverse_penalty[query] = len(ranks) / ranks[-1]
-    return QueryScores(first, average_precision, inverse_penalty)
+    on_device = (torch.from_numpy(label).to(matrix.device) for label in labels)
+    precision, penalty, first, _ = (score.cpu().numpy() for score in ops.rank_counts(matrix, *on_device))
+    return QueryScores(first, precision, penalty)
 
 
 def summarise(scores: QueryScores, labels: Labels, max_rank: int = 50) -> RankingResult:
@@ -174,25 +160,6 @@ def concatenate(blocks: list[QueryScores]) -> QueryScores:
         np.concatenate([block.average_precision for block in blocks]),
         np.concatenate([block.inverse_penalty for block in blocks]),
     )
-
-
-def _match_ranks(row: npt.NDArray[np.floating], match: BoolArray, keep: BoolArray) -> IntArray:
-    """Ascending 1-based ranks [R] of the matches of one query among the kept gallery, by (distance, index).
-
-    The rank of a match is one plus the kept entries before it. Only values are sorted, never the whole gallery's
-    indices; an index order is worked out for tied distances alone.
-    """
-    matches = np.flatnonzero(match)
-    if not len(matches):
-        return matches
-    ordered = np.sort(row[keep])
-    distance = row[matches]
-    before = np.searchsorted(ordered, distance, side="left")
-    tied = np.searchsorted(ordered, distance, side="right") - before > 1
-    for position in np.flatnonzero(tied):
-        index = matches[position]
-        before[position] += np.count_nonzero((row[:index] == row[index]) & keep[:index])
-    return np.sort(before) + 1
 
 
 def why_no_query_is_valid(labels: Labels) -> str:

@@ -6,7 +6,8 @@ rounds the encoding to float16. The encoding is sparse here: nothing of size N x
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, overload
 
@@ -18,11 +19,10 @@ from personvit import ops
 from personvit.config import RERANK_PRESETS
 from personvit.errors import ConfigError
 from personvit.retrieval.checks import Features, check_features
-from personvit.retrieval.distances import pairwise_distance
 from personvit.retrieval.memory import available_memory, format_bytes
 
 _BLOCK = 1024  # queries whose re-ranked distances are held at once: 1024 x 82,161 of MSMT17 is 321 MiB
-_SLICE = 4096  # images whose neighbours are searched between two steps of the progress bar
+_STAGES = 4
 _PROGRESS_FROM = 8192  # images; shorter work needs no progress bar
 _SUGGESTED_TOP = 100
 
@@ -134,22 +134,15 @@ def rerank(
         ConfigError: a parameter out of range, or not enough memory for the matrix; the message tells how much.
         DataError: features that are empty, not finite, zero, or of two widths.
     """
-    parameters = RerankParameters(k1, k2, lambda_value)
+    RerankParameters(k1, k2, lambda_value)  # raises where they make no sense
     query, gallery = check_features(query, gallery)
     if top is None:
         _check_memory(len(query), len(gallery), query.device)
-        blocks = reranked_blocks(query, gallery, parameters, progress=progress)
-        result = query.new_empty((len(query), len(gallery)))
-        for rows, block in zip(torch.split(result, _BLOCK), blocks, strict=True):
-            rows.copy_(block)
-        return result
-    if top < 1:
+    elif top < 1:
         raise ConfigError(f"top={top}: expected 1 or more gallery images per query, or None for the whole matrix.")
-    lists = [
-        first_ranks(block, min(top, len(gallery)))
-        for block in reranked_blocks(query, gallery, parameters, progress=progress)
-    ]
-    return RankedLists(torch.cat([one.distances for one in lists]), torch.cat([one.indices for one in lists]))
+    with _stage_bar(len(query) + len(gallery), progress) as announce:
+        result = ops.rerank(query, gallery, k1, k2, lambda_value, top, announce)
+    return result if isinstance(result, Tensor) else RankedLists(*result)
 
 
 def reranked_blocks(
@@ -157,22 +150,20 @@ def reranked_blocks(
 ) -> Iterator[Tensor]:
     """The matrix of `rerank` as consecutive blocks of queries, [b, G] each with b = 1024 but for the last.
 
-    Arguments as in `rerank`, checked. The values of a query do not depend on the block that it is in.
+    For what needs whole rows, but not all of them at once. Arguments as in `rerank`, checked.
     """
-    count = len(query)
-    features = torch.cat([query, gallery])  # [N, D]
-    hide_bar = not progress or len(features) < _PROGRESS_FROM or None  # None: hidden unless on a terminal
-    with tqdm(total=len(features), desc="re-rank: neighbours", unit="img", disable=hide_bar) as bar:
-        neighbours, row_max = _neighbours(features, max(parameters.k1 + 1, parameters.k2), bar)
-    encoding = _encode(features, neighbours, row_max, parameters)
-    del features, neighbours
+    count, mixed = len(query), parameters.lambda_value
+    with _stage_bar(count + len(gallery), progress) as announce:
+        encoding, row_max = _encode(torch.cat([query, gallery]), parameters, announce)
+    hide_bar = not progress or count + len(gallery) < _PROGRESS_FROM or None  # None: hidden unless on a terminal
     with tqdm(total=count, desc="re-rank: distances", unit="query", disable=hide_bar) as bar:
         for start in range(0, count, _BLOCK):
             rows = slice(start, min(start + _BLOCK, count))
             part = _rows_and_gallery(encoding, rows, count)
             block = ops.jaccard(*part, rows.stop - rows.start)[:, : len(gallery)]  # [b, G]
-            original = pairwise_distance(query[rows], gallery).div_(row_max[rows, None])
-            yield block.mul_(1 - parameters.lambda_value).add_(original, alpha=parameters.lambda_value)
+            original = ops.pairwise_distance(query[rows], gallery)
+            original /= row_max[rows, None].clamp_min(torch.finfo(torch.float32).tiny)  # all images equal: 0 / 0
+            yield block.mul_(1 - mixed).add_(original, alpha=mixed)
             bar.update(len(block))
 
 
@@ -194,24 +185,29 @@ class _Encoding(NamedTuple):
     values: Tensor  # [nnz] float32
 
 
-def _neighbours(features: Tensor, k: int, bar: tqdm) -> tuple[Tensor, Tensor]:
-    """The k nearest images of each image [N, min(k, N)] int64, and its largest distance to any [N] float32."""
-    indices, row_max = [], []
-    for rows in torch.split(features, _SLICE):
-        _, nearest, largest = ops.nearest(rows, features, min(k, len(features)))
-        indices.append(nearest)
-        row_max.append(largest)
-        bar.update(len(rows))
-    return torch.cat(indices), torch.cat(row_max)
-
-
-def _encode(features: Tensor, neighbours: Tensor, row_max: Tensor, parameters: RerankParameters) -> _Encoding:
+def _encode(points: Tensor, parameters: RerankParameters, announce: Callable[[str], None]) -> tuple[_Encoding, Tensor]:
+    """Encoding of all images, and the largest distance of each to any [N] float32. As in `ops.rerank`."""
     k1, k2 = parameters.k1, parameters.k2
+    announce("neighbours")
+    _, neighbours, row_max = ops.nearest(points, points, min(max(k1 + 1, k2), len(points)))
+    announce("reciprocal sets")
     indptr, indices = ops.k_reciprocal(neighbours[:, : k1 + 1].contiguous(), k1)
-    values = ops.reciprocal_weights(features, row_max, indptr, indices)
-    if k2 == 1:
-        return _Encoding(indptr, indices, values)
-    return _Encoding(*ops.query_expansion(indptr, indices, values, neighbours, k2))
+    values = ops.reciprocal_weights(points, row_max, indptr, indices)
+    announce("query expansion")
+    return _Encoding(*ops.query_expansion(indptr, indices, values, neighbours, k2)), row_max
+
+
+@contextmanager
+def _stage_bar(images: int, progress: bool) -> Iterator[Callable[[str], None]]:
+    """What `on_stage` of `ops.rerank` takes: shows the stage that runs on a bar of all stages."""
+    hide_bar = not progress or images < _PROGRESS_FROM or None  # None: hidden unless on a terminal
+    with tqdm(total=_STAGES, unit="stage", disable=hide_bar, bar_format="{desc} [{elapsed}]", leave=False) as bar:
+
+        def announce(stage: str) -> None:
+            bar.set_description_str(f"re-rank {images} images: {stage} (stage {bar.n + 1})")
+            bar.update()
+
+        yield announce
 
 
 def _rows_and_gallery(encoding: _Encoding, rows: slice, num_query: int) -> _Encoding:
