@@ -50,6 +50,23 @@ inline void check_knn(const Tensor& query, const Tensor& gallery, int64_t k) {
                   gallery.size(0));
 }
 
+inline void check_knn_step(const Tensor& features, const Tensor& panels, const Tensor& distances, const Tensor& indices,
+                           const Tensor& largest, int64_t step, int64_t steps) {
+  STD_TORCH_CHECK(distances.dim() == 2 && distances.scalar_type() == ScalarType::Float && distances.is_contiguous() &&
+                      indices.dim() == 2 && indices.scalar_type() == ScalarType::Long && indices.is_contiguous() &&
+                      indices.size(0) == distances.size(0) && indices.size(1) == distances.size(1) &&
+                      largest.dim() == 1 && largest.scalar_type() == ScalarType::Float && largest.is_contiguous() &&
+                      largest.size(0) == distances.size(0),
+                  "knn_step: distances, indices and largest must be those of knn_begin");
+  check_knn(features, features, distances.size(1));
+  STD_TORCH_CHECK(features.size(0) == distances.size(0) && panels.dim() == 3 && panels.is_contiguous() &&
+                      panels.scalar_type() == ScalarType::Float && panels.size(1) == features.size(1) &&
+                      panels.size(0) * panels.size(2) >= features.size(0) &&
+                      panels.size(0) * panels.size(2) < features.size(0) + panels.size(2),
+                  "knn_step: panels must be those of knn_begin");
+  STD_TORCH_CHECK(step >= 0 && step < steps, "knn_step: step ", step, " of ", steps);
+}
+
 inline void check_neighbours(const Tensor& neighbours, const char* name) {
   STD_TORCH_CHECK(neighbours.dim() == 2 && neighbours.scalar_type() == ScalarType::Long, name,
                   ": neighbours must be [N, k] int64");
@@ -78,14 +95,29 @@ inline void check_sparse_tensors(const Tensor& indptr, const Tensor& indices, co
 // What the rows of a sparse matrix must obey. Only for memory that the host can read.
 inline void check_sparse(const int64_t* indptr, const int64_t* indices, int64_t rows, int64_t entries, int64_t columns,
                          const char* name) {
-  STD_TORCH_CHECK(indptr[0] == 0 && indptr[rows] == entries, name, ": indptr must lead from 0 to ", entries);
+  STD_TORCH_CHECK(indptr[0] >= 0 && indptr[rows] <= entries, name, ": indptr must stay within 0 to ", entries);
   for (int64_t row = 0; row < rows; ++row) {
     STD_TORCH_CHECK(indptr[row] <= indptr[row + 1], name, ": indptr falls after row ", row);
+  }
+  for (int64_t row = 0; row < rows; ++row) {
     for (int64_t at = indptr[row]; at < indptr[row + 1]; ++at) {
       const int64_t least = at == indptr[row] ? 0 : indices[at - 1] + 1;
       STD_TORCH_CHECK(indices[at] >= least && indices[at] < columns, name, ": the columns of row ", row,
                       " must ascend from 0 to ", columns - 1);
     }
+  }
+}
+
+// What an inverted index must obey. Only for memory that the host can read.
+inline void check_inverted(const int64_t* offsets, const int32_t* rows, int64_t columns, int64_t entries,
+                           int64_t gallery_rows, const char* name) {
+  STD_TORCH_CHECK(offsets[0] == 0 && offsets[columns] == entries, name, ": offsets must lead from 0 to ", entries);
+  for (int64_t column = 0; column < columns; ++column) {
+    STD_TORCH_CHECK(offsets[column] <= offsets[column + 1], name, ": offsets fall after column ", column);
+  }
+  for (int64_t at = 0; at < entries; ++at) {
+    STD_TORCH_CHECK(rows[at] >= 0 && rows[at] < gallery_rows, name, ": the index holds gallery row ", rows[at], " of ",
+                    gallery_rows);
   }
 }
 
@@ -110,15 +142,21 @@ inline void check_num_query(int64_t num_query, int64_t rows, const char* name) {
 }
 
 inline void check_final(const Tensor& query, const Tensor& gallery, const Tensor& row_max, const Tensor& indptr,
-                        const Tensor& indices, const Tensor& values, double lambda_value, const char* name) {
+                        const Tensor& indices, const Tensor& values, const Tensor& offsets, const Tensor& rows,
+                        const Tensor& weights, double lambda_value, const char* name) {
   check_pair(query, gallery, name);
   check_sparse_tensors(indptr, indices, values, name);
-  const int64_t rows = query.size(0) + gallery.size(0);
-  check_num_query(query.size(0), rows, name);
-  STD_TORCH_CHECK(indptr.size(0) == rows + 1 && row_max.dim() == 1 && row_max.size(0) == rows &&
+  STD_TORCH_CHECK(offsets.dim() == 1 && offsets.scalar_type() == ScalarType::Long && offsets.size(0) >= 1, name,
+                  ": offsets must be [N + 1] int64");
+  STD_TORCH_CHECK(indptr.size(0) == query.size(0) + 1 && row_max.dim() == 1 && row_max.size(0) == query.size(0) &&
                       row_max.scalar_type() == ScalarType::Float,
-                  name, ": ", rows, " points need indptr [N + 1] and row_max [N] float32");
-  STD_TORCH_CHECK(same_place(query, indptr) && same_place(query, row_max), name, ": tensors on different devices");
+                  name, ": ", query.size(0), " queries need as many rows of indptr, and row_max [Q] float32");
+  STD_TORCH_CHECK(rows.dim() == 1 && rows.scalar_type() == ScalarType::Int && weights.dim() == 1 &&
+                      weights.scalar_type() == ScalarType::Float && weights.size(0) == rows.size(0),
+                  name, ": offsets, rows and weights must be those of inverted_index");
+  STD_TORCH_CHECK(same_place(query, indptr) && same_place(query, row_max) && same_place(query, offsets) &&
+                      same_place(query, rows) && same_place(query, weights),
+                  name, ": tensors on different devices");
   STD_TORCH_CHECK(lambda_value >= 0.0 && lambda_value <= 1.0, name, ": lambda_value=", lambda_value,
                   " must lie in [0, 1]");
 }

@@ -29,8 +29,9 @@ PERSONVIT_HD inline bool comes_before(float distance_a, int64_t index_a, float d
 // is total, so the result does not depend on the order of arrival.
 class TopK {
  public:
-  PERSONVIT_HD TopK(float* distances, int64_t* indices, int64_t capacity)
-      : distances_(distances), indices_(indices), capacity_(capacity), size_(0) {}
+  // The first `size` entries are a heap already, as an earlier TopK left it.
+  PERSONVIT_HD TopK(float* distances, int64_t* indices, int64_t capacity, int64_t size = 0)
+      : distances_(distances), indices_(indices), capacity_(capacity), size_(size) {}
 
   PERSONVIT_HD bool would_keep(float distance, int64_t index) const {
     return size_ < capacity_ || comes_before(distance, index, distances_[0], indices_[0]);

@@ -1,6 +1,7 @@
 // Building the inverted index on the CPU. Without torch, for the sanitizers' sake.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -8,35 +9,25 @@
 
 namespace personvit {
 
-// The columns of rows begin to end of a sparse matrix with `columns` columns; row `begin` is gallery row 0.
-class InvertedColumns {
- public:
-  InvertedColumns(const SparseRows& matrix, int64_t begin, int64_t end, int64_t columns)
-      : offsets_(static_cast<size_t>(columns + 1)),
-        rows_(static_cast<size_t>(matrix.indptr[end] - matrix.indptr[begin])),
-        values_(rows_.size()) {
-    for (int64_t at = matrix.indptr[begin]; at < matrix.indptr[end]; ++at) {
-      ++offsets_[static_cast<size_t>(matrix.indices[at] + 1)];
-    }
-    for (size_t column = 0; column < static_cast<size_t>(columns); ++column) {
-      offsets_[column + 1] += offsets_[column];
-    }
-    std::vector<int64_t> cursors(offsets_.begin(), offsets_.end() - 1);
-    for (int64_t row = begin; row < end; ++row) {
-      for (int64_t at = matrix.indptr[row]; at < matrix.indptr[row + 1]; ++at) {
-        const auto entry = static_cast<size_t>(cursors[static_cast<size_t>(matrix.indices[at])]++);
-        rows_[entry] = static_cast<int32_t>(row - begin);
-        values_[entry] = matrix.values[at];
-      }
+// The columns of rows begin to end of a sparse matrix; row `begin` is gallery row 0. offsets [columns + 1]; rows and
+// values [entries of these rows].
+inline void invert_columns(const SparseRows& matrix, int64_t begin, int64_t end, int64_t columns, int64_t* offsets,
+                           int32_t* rows, float* values) {
+  std::fill(offsets, offsets + columns + 1, 0);
+  for (int64_t at = matrix.indptr[begin]; at < matrix.indptr[end]; ++at) {
+    ++offsets[matrix.indices[at] + 1];
+  }
+  for (int64_t column = 0; column < columns; ++column) {
+    offsets[column + 1] += offsets[column];
+  }
+  std::vector<int64_t> cursors(offsets, offsets + columns);
+  for (int64_t row = begin; row < end; ++row) {
+    for (int64_t at = matrix.indptr[row]; at < matrix.indptr[row + 1]; ++at) {
+      const int64_t entry = cursors[static_cast<size_t>(matrix.indices[at])]++;
+      rows[entry] = static_cast<int32_t>(row - begin);
+      values[entry] = matrix.values[at];
     }
   }
-
-  InvertedIndex view() const { return {offsets_.data(), rows_.data(), values_.data()}; }
-
- private:
-  std::vector<int64_t> offsets_;
-  std::vector<int32_t> rows_;
-  std::vector<float> values_;
-};
+}
 
 }  // namespace personvit

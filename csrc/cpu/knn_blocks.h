@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
-#include <vector>
+#include <utility>
 
 #include "core/knn.h"
 #include "core/top_k.h"
@@ -33,36 +33,34 @@ inline bool inspect_tile(const float* tile, const float* row_limits, const float
   return found != 0;
 }
 
-// Neighbours found so far of all queries, in the arrays of the result.
+// Neighbours found so far of all queries, in the arrays of the result: heaps that are always full, at first of nothing.
 class Neighbours {
  public:
   Neighbours(float* distances, int64_t* indices, float* largest, int64_t queries, int64_t k)
-      : limits_(static_cast<size_t>(queries), std::numeric_limits<float>::infinity()), largest_(largest), k_(k) {
-    heaps_.reserve(static_cast<size_t>(queries));
-    for (int64_t row = 0; row < queries; ++row) {
-      heaps_.emplace_back(distances + row * k, indices + row * k, k);
-      largest[row] = 0.0f;
-    }
+      : distances_(distances), indices_(indices), largest_(largest), queries_(queries), k_(k) {}
+
+  void clear() const {
+    std::fill(distances_, distances_ + queries_ * k_, std::numeric_limits<float>::quiet_NaN());
+    std::fill(indices_, indices_ + queries_ * k_, INT64_MAX);  // every pair comes before it
+    std::fill(largest_, largest_ + queries_, 0.0f);
   }
 
-  const float* limits() const { return limits_.data(); }
+  // A distance above it is not among the nearest. NaN: anything may be.
+  float limit(int64_t row) const { return distances_[row * k_]; }
 
-  void offer(int64_t row, float distance, int64_t index) {
-    TopK& heap = heaps_[static_cast<size_t>(row)];
-    heap.offer(distance, index);
-    if (heap.full()) {
-      limits_[static_cast<size_t>(row)] = heap.last();
-    }
-  }
+  void offer(int64_t row, float distance, int64_t index) const { heap(row).offer(distance, index); }
 
-  void saw(int64_t row, float distance) { largest_[row] = larger(largest_[row], distance); }
+  void saw(int64_t row, float distance) const { largest_[row] = larger(largest_[row], distance); }
 
-  void sort(int64_t row) { heaps_[static_cast<size_t>(row)].sort(); }
+  void sort(int64_t row) const { heap(row).sort(); }
 
  private:
-  std::vector<TopK> heaps_;
-  std::vector<float> limits_;  // a distance above it is not among the nearest
-  float* largest_;
+  TopK heap(int64_t row) const { return TopK(distances_ + row * k_, indices_ + row * k_, k_, k_); }
+
+  float* distances_;  // [Q, k]
+  int64_t* indices_;  // [Q, k]
+  float* largest_;    // [Q]
+  int64_t queries_;
   int64_t k_;
 };
 
@@ -75,13 +73,12 @@ struct NeighbourTile {
   int64_t queries;
   int64_t gallery_rows;
   int64_t features;
-  Neighbours* found;
+  const Neighbours* found;
 
   void operator()(int64_t query_block, int64_t gallery_block) const {
     const int64_t begin = query_block * kBlockRows, end = std::min(begin + kBlockRows, queries);
     const int64_t first = gallery_block * kBlockRows, last = std::min(first + kBlockRows, gallery_rows);
     const PanelDistances compute = panel_distances();
-    const float* limits = found->limits();
     float tile[kQueries * kPanel], row_limits[kQueries], column_limits[kPanel], column_largest[kPanel];
     float row_largest[kBlockRows * kPanel] = {};
     const float* rows[kQueries];
@@ -89,18 +86,18 @@ struct NeighbourTile {
       const int64_t columns = std::min(kPanel, last - start);
       std::fill(column_largest, column_largest + kPanel, 0.0f);
       for (int64_t j = 0; j < kPanel; ++j) {
-        column_limits[j] = kBoth && j < columns ? limits[start + j] : -1.0f;
+        column_limits[j] = kBoth && j < columns ? found->limit(start + j) : -1.0f;
       }
       for (int64_t row = begin; row < end; row += kQueries) {
         query_rows(query, end, row, features, rows);
         compute(rows, panels + start * features, features, tile);
         for (int64_t m = 0; m < kQueries; ++m) {
-          row_limits[m] = limits[std::min(row + m, end - 1)];
+          row_limits[m] = found->limit(std::min(row + m, end - 1));
         }
         if (inspect_tile(tile, row_limits, column_limits, row_largest + (row - begin) * kPanel, column_largest)) {
           offer(tile, row, std::min(kQueries, end - row), start, columns);
           for (int64_t j = 0; kBoth && j < columns; ++j) {
-            column_limits[j] = limits[start + j];
+            column_limits[j] = found->limit(start + j);
           }
         }
       }
@@ -117,14 +114,13 @@ struct NeighbourTile {
 
  private:
   void offer(const float* tile, int64_t row, int64_t count, int64_t start, int64_t columns) const {
-    const float* limits = found->limits();
     for (int64_t m = 0; m < count; ++m) {
       for (int64_t j = 0; j < columns; ++j) {
         const float distance = tile[m * kPanel + j];
-        if (!(distance > limits[row + m])) {
+        if (!(distance > found->limit(row + m))) {
           found->offer(row + m, distance, start + j);
         }
-        if (kBoth && !(distance > limits[start + j])) {
+        if (kBoth && !(distance > found->limit(start + j))) {
           found->offer(start + j, distance, row + m);
         }
       }

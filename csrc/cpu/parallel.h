@@ -21,11 +21,15 @@ void parallel_rows(int64_t rows, int64_t grain, const Body& body) {
   });
 }
 
+inline void pack_panels(const float* gallery, int64_t rows, int64_t features, float* panels) {
+  parallel_rows(panel_count(rows), 16, [=](int64_t panel) {
+    pack_panel(gallery, rows, panel * kPanel, features, panels + panel * kPanel * features);
+  });
+}
+
 inline std::vector<float> pack_panels(const float* gallery, int64_t rows, int64_t features) {
   std::vector<float> panels(static_cast<size_t>(panel_count(rows) * kPanel * features));
-  parallel_rows(panel_count(rows), 16, [&](int64_t panel) {
-    pack_panel(gallery, rows, panel * kPanel, features, panels.data() + panel * kPanel * features);
-  });
+  pack_panels(gallery, rows, features, panels.data());
   return panels;
 }
 

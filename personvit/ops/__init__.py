@@ -6,19 +6,15 @@ from personvit.ops.attention import attention, packed_attention
 from personvit.ops.backend import ReportRow, get_backend, report, set_backend
 from personvit.ops.masks import block_masks
 from personvit.ops.neighbours import knn, nearest, pairwise_distance
-from personvit.ops.retrieval import (
-    jaccard,
-    k_reciprocal,
-    query_expansion,
-    rank_counts,
-    reciprocal_weights,
-    rerank,
-)
+from personvit.ops.rerank import Encoding, encode, rerank, rerank_block, rerank_block_lists
+from personvit.ops.retrieval import jaccard, k_reciprocal, query_expansion, rank_counts, reciprocal_weights
 
 __all__ = [
+    "Encoding",
     "ReportRow",
     "attention",
     "block_masks",
+    "encode",
     "get_backend",
     "jaccard",
     "k_reciprocal",
@@ -31,5 +27,7 @@ __all__ = [
     "reciprocal_weights",
     "report",
     "rerank",
+    "rerank_block",
+    "rerank_block_lists",
     "set_backend",
 ]

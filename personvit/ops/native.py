@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 PACKAGE = Path(__file__).resolve().parent.parent
+PANEL = 16
+"""Rows that the CPU operators lay side by side (csrc/cpu/panels.h)."""
 BUILD_COMMAND = "pip install -e . --no-build-isolation"
 
 
@@ -57,6 +61,18 @@ def knn(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]
     return distances, indices, row_max
 
 
+def knn_itself(features: Tensor, k: int, steps: int, done: Callable[[int], None]) -> tuple[Tensor, Tensor, Tensor]:
+    """`knn` of a set among itself on the CPU in about equal steps; `done` is called with the number after each.
+
+    The same bits as in one go, and Ctrl-C works between the steps.
+    """
+    features = features.contiguous()
+    panels, distances, indices, row_max = torch.ops.personvit.knn_begin(features, k)
+    for step in range(steps):
+        done(torch.ops.personvit.knn_step(features, panels, distances, indices, row_max, step, steps))
+    return distances, indices, row_max
+
+
 def pairwise_distance(query: Tensor, gallery: Tensor) -> Tensor:
     """`personvit::pairwise_distance`; see `personvit.ops.pairwise_distance`."""
     distances: Tensor = torch.ops.personvit.pairwise_distance(query, gallery)
@@ -89,6 +105,12 @@ def jaccard(indptr: Tensor, indices: Tensor, values: Tensor, num_query: int) -> 
     return distances
 
 
+def inverted_index(indptr: Tensor, indices: Tensor, values: Tensor, num_query: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`personvit::inverted_index`; see `personvit.ops.encode`."""
+    offsets, rows, weights = torch.ops.personvit.inverted_index(indptr, indices, values, num_query)
+    return offsets, rows, weights
+
+
 def rerank_matrix(
     query: Tensor,
     gallery: Tensor,
@@ -96,11 +118,14 @@ def rerank_matrix(
     indptr: Tensor,
     indices: Tensor,
     values: Tensor,
+    offsets: Tensor,
+    rows: Tensor,
+    weights: Tensor,
     lambda_value: float,
 ) -> Tensor:
-    """`personvit::rerank_matrix`: the last stage of `personvit.ops.rerank`, all distances."""
+    """`personvit::rerank_matrix`: the last stage of `personvit.ops.rerank`, all distances of a block of queries."""
     distances: Tensor = torch.ops.personvit.rerank_matrix(
-        query, gallery, row_max, indptr, indices, values, lambda_value
+        query, gallery, row_max, indptr, indices, values, offsets, rows, weights, lambda_value
     )
     return distances
 
@@ -112,12 +137,15 @@ def rerank_lists(
     indptr: Tensor,
     indices: Tensor,
     values: Tensor,
+    offsets: Tensor,
+    rows: Tensor,
+    weights: Tensor,
     lambda_value: float,
     top: int,
 ) -> tuple[Tensor, Tensor]:
     """`personvit::rerank_lists`: the last stage of `personvit.ops.rerank`, the best of each query."""
     distances, best = torch.ops.personvit.rerank_lists(
-        query, gallery, row_max, indptr, indices, values, lambda_value, top
+        query, gallery, row_max, indptr, indices, values, offsets, rows, weights, lambda_value, top
     )
     return distances, best
 
@@ -177,30 +205,31 @@ def _fake_jaccard(indptr: Tensor, indices: Tensor, values: Tensor, num_query: in
     return values.new_empty((num_query, indptr.shape[0] - 1 - num_query))
 
 
-def _fake_rerank_matrix(
-    query: Tensor,
-    gallery: Tensor,
-    row_max: Tensor,
-    indptr: Tensor,
-    indices: Tensor,
-    values: Tensor,
-    lambda_value: float,
-) -> Tensor:
+def _fake_inverted_index(
+    indptr: Tensor, indices: Tensor, values: Tensor, num_query: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    entries = torch.library.get_ctx().new_dynamic_size()
+    return indptr.new_empty(indptr.shape[0]), indptr.new_empty(entries, dtype=torch.int32), values.new_empty(entries)
+
+
+def _fake_rerank_matrix(query: Tensor, gallery: Tensor, *rest: Any) -> Tensor:
     return query.new_empty((query.shape[0], gallery.shape[0]))
 
 
-def _fake_rerank_lists(
-    query: Tensor,
-    gallery: Tensor,
-    row_max: Tensor,
-    indptr: Tensor,
-    indices: Tensor,
-    values: Tensor,
-    lambda_value: float,
-    top: int,
-) -> tuple[Tensor, Tensor]:
-    shape = (query.shape[0], top)
+def _fake_rerank_lists(query: Tensor, gallery: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    shape = (query.shape[0], rest[-1])
     return query.new_empty(shape), query.new_empty(shape, dtype=torch.int64)
+
+
+def _fake_knn_begin(features: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    panels = features.new_empty(((features.shape[0] + PANEL - 1) // PANEL, features.shape[1], PANEL))
+    return (panels, *_fake_knn(features, features, k))
+
+
+def _fake_knn_step(
+    features: Tensor, panels: Tensor, distances: Tensor, indices: Tensor, largest: Tensor, step: int, steps: int
+) -> int:
+    return step + 1
 
 
 def _fake_rank_counts(
@@ -216,14 +245,17 @@ def _fake_rank_counts(
     )
 
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "block_masks": _fake_block_masks,
     "knn": _fake_knn,
+    "knn_begin": _fake_knn_begin,
+    "knn_step": _fake_knn_step,
     "pairwise_distance": _fake_pairwise_distance,
     "k_reciprocal": _fake_k_reciprocal,
     "reciprocal_weights": _fake_reciprocal_weights,
     "query_expansion": _fake_query_expansion,
     "jaccard": _fake_jaccard,
+    "inverted_index": _fake_inverted_index,
     "rerank_matrix": _fake_rerank_matrix,
     "rerank_lists": _fake_rerank_lists,
     "rank_counts": _fake_rank_counts,

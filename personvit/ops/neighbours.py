@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from personvit.ops import backend, native, reference_retrieval
 
+_STEP = 1 << 36
+"""Differences of features between two calls of `progress`: about a second on two cores."""
 
-def nearest(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+
+def nearest(
+    query: Tensor, gallery: Tensor, k: int, progress: Callable[[int, int], None] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The k nearest gallery rows of every query row by squared euclidean distance, and its largest distance.
 
     Distances are float32 sums of squared differences in a fixed order: they do not depend on the backend, the number
@@ -19,6 +26,7 @@ def nearest(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor, Ten
         query: [Q, D] float32.
         gallery: [G, D] float32, on the device of query.
         k: neighbours per query, 1 to G.
+        progress: called with (steps done, steps in all) after each step of about a second.
 
     Returns:
         distances [Q, k] float32, ascending; indices [Q, k] int64 into the gallery; row_max [Q] float32, the largest
@@ -31,7 +39,20 @@ def nearest(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor, Ten
     check_features(query, gallery, "nearest")
     if not 1 <= k <= len(gallery):
         raise ValueError(f"nearest: k={k} must be from 1 to the {len(gallery)} rows of the gallery")
-    distances, indices, row_max = backend.call("knn", query.device.type, query.detach(), gallery.detach(), k)
+    itself = query is gallery
+    query, gallery = query.detach(), gallery.detach()
+    device = query.device.type
+    if progress is None:
+        found: tuple[Tensor, Tensor, Tensor] = backend.call("knn", device, query, query if itself else gallery, k)
+        return found
+    steps = max(1, query.numel() * len(gallery) // _STEP)
+    if itself and device == "cpu" and backend.choose("knn", device) == "native":
+        return native.knn_itself(query, k, steps, lambda step: progress(step, steps))
+    parts = []
+    for step, rows in enumerate(query.tensor_split(steps), start=1):
+        parts.append(backend.call("knn", device, rows, gallery, k))
+        progress(step, steps)
+    distances, indices, row_max = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return distances, indices, row_max
 
 

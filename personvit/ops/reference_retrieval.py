@@ -107,16 +107,19 @@ def query_expansion(
 
 def jaccard(indptr: Tensor, indices: Tensor, values: Tensor, num_query: int) -> Tensor:
     """1 - t / (2 - t), with t the sum of the minima of two rows, columns ascending. -> [Q, G]."""
-    rows = len(indptr) - 1
-    dense = values.new_zeros((rows, rows))
-    for row, (begin, end) in enumerate(pairwise(indptr.tolist())):
-        dense[row, indices[begin:end]] = values[begin:end]
-    overlap = values.new_zeros((num_query, rows - num_query))
-    for query in range(num_query):
-        for column in dense[query].nonzero()[:, 0]:
-            overlap[query] += torch.minimum(dense[query, column], dense[num_query:, column])
-    t = overlap.clamp(max=1.0)
-    return 1.0 - t / (2.0 - t)
+    index = inverted_index(indptr, indices, values, num_query)
+    return _jaccard(indptr[: num_query + 1], indices, values, *index)[:, : len(indptr) - 1 - num_query]
+
+
+def inverted_index(indptr: Tensor, indices: Tensor, values: Tensor, num_query: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Entries of the gallery's rows ordered by column. -> offsets [N + 1], rows int32 and weights [entries]."""
+    count = len(indptr) - 1
+    start = int(indptr[num_query])
+    columns = indices[start : int(indptr[-1])]
+    rows = torch.repeat_interleave(indptr[num_query:].diff()).to(torch.int32)
+    order = columns.sort(stable=True).indices
+    offsets = _indptr(torch.bincount(columns, minlength=count).tolist(), indptr)
+    return offsets, rows[order], values[start : int(indptr[-1])][order]
 
 
 def rerank_matrix(
@@ -126,11 +129,15 @@ def rerank_matrix(
     indptr: Tensor,
     indices: Tensor,
     values: Tensor,
+    offsets: Tensor,
+    rows: Tensor,
+    weights: Tensor,
     lambda_value: float,
 ) -> Tensor:
     """Jaccard distance and normalised original distance, mixed. -> [Q, G]."""
-    original = _normalise(squared_distances(query, gallery), row_max[: len(query), None])
-    return jaccard(indptr, indices, values, len(query)) * (1.0 - lambda_value) + original * lambda_value
+    original = _normalise(squared_distances(query, gallery), row_max[:, None])
+    distances = _jaccard(indptr, indices, values, offsets, rows, weights)[:, : len(gallery)]
+    return distances * (1.0 - lambda_value) + original * lambda_value
 
 
 def rerank_lists(
@@ -140,11 +147,14 @@ def rerank_lists(
     indptr: Tensor,
     indices: Tensor,
     values: Tensor,
+    offsets: Tensor,
+    rows: Tensor,
+    weights: Tensor,
     lambda_value: float,
     top: int,
 ) -> tuple[Tensor, Tensor]:
     """The `top` nearest gallery rows of each query by the mixed distance. -> distances, indices [Q, top]."""
-    distances = rerank_matrix(query, gallery, row_max, indptr, indices, values, lambda_value)
+    distances = rerank_matrix(query, gallery, row_max, indptr, indices, values, offsets, rows, weights, lambda_value)
     nearest = distances.sort(dim=1, stable=True)
     return nearest.values[:, :top].contiguous(), nearest.indices[:, :top].contiguous()
 
@@ -153,27 +163,36 @@ def rank_counts(
     distances: Tensor, q_pids: Tensor, g_pids: Tensor, q_camids: Tensor, g_camids: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """AP, INP, first match and number of matches of every query, by sorting the gallery. -> four of [Q]."""
-    scores = []
-    for row, pid, camera in zip(distances, q_pids, q_camids, strict=True):
-        same = g_pids == pid
+    precision, penalty = distances.new_zeros((2, len(distances)), dtype=torch.float64)
+    first, matches = q_pids.new_zeros((2, len(distances)))
+    for query, row in enumerate(distances):
+        same = g_pids == q_pids[query]
         order = row.sort(stable=True).indices
-        order = order[~(same & (g_camids == camera))[order]]
+        order = order[~(same & (g_camids == q_camids[query]))[order]]
         ranks = (same[order].nonzero()[:, 0] + 1).tolist()
+        matches[query] = len(ranks)
         if row.isnan().any():
-            scores.append((0.0, 0.0, -1, len(ranks)))
-        elif not ranks:
-            scores.append((0.0, 0.0, 0, 0))
-        else:
-            precision = 0.0
+            first[query] = -1
+        elif ranks:
+            total = 0.0
             for hits, rank in enumerate(ranks, start=1):
-                precision += hits / rank
-            scores.append((precision / len(ranks), len(ranks) / ranks[-1], ranks[0], len(ranks)))
-    columns = list(zip(*scores, strict=True)) or [(), (), (), ()]
-    kinds = (torch.float64, torch.float64, torch.int64, torch.int64)
-    precision, penalty, first, matches = (
-        torch.tensor(column, dtype=kind, device=distances.device) for column, kind in zip(columns, kinds, strict=True)
-    )
+                total += hits / rank
+            precision[query] = total / len(ranks)
+            penalty[query] = len(ranks) / ranks[-1]
+            first[query] = ranks[0]
     return precision, penalty, first, matches
+
+
+def _jaccard(indptr: Tensor, indices: Tensor, values: Tensor, offsets: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    """1 - t / (2 - t) of the queries' rows to gallery rows 0 to N - 1; the index knows N, not how many there are."""
+    points = len(offsets) - 1
+    overlap = values.new_zeros((len(indptr) - 1, points))
+    for query, (begin, end) in enumerate(pairwise(indptr.tolist())):
+        for column, value in zip(indices[begin:end].tolist(), values[begin:end], strict=True):
+            part = slice(int(offsets[column]), int(offsets[column + 1]))
+            overlap[query, rows[part].long()] += torch.minimum(value, weights[part])
+    t = overlap.clamp(max=1.0)
+    return 1.0 - t / (2.0 - t)
 
 
 def _exp(x: Tensor) -> Tensor:

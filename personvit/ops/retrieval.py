@@ -1,4 +1,4 @@
-"""k-reciprocal re-ranking, each stage on its own and all together, and ranking metrics by counting.
+"""The stages of k-reciprocal re-ranking, each on its own, and ranking metrics by counting.
 
 The algorithm is that of Zhong et al. 2017, Re-ranking Person Re-identification with k-reciprocal Encoding, with the
 details of its published code (hustvl/PersonViT, utils/reranking.py), in float32 and on sparse rows. The points of a
@@ -9,14 +9,11 @@ threads, and the same on CPU and CUDA.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from personvit.errors import ConfigError, DataError
 from personvit.ops import backend, native, reference_retrieval
-from personvit.ops.neighbours import check_features, nearest
 
 
 def k_reciprocal(neighbours: Tensor, k1: int) -> tuple[Tensor, Tensor]:
@@ -131,73 +128,6 @@ def jaccard(indptr: Tensor, indices: Tensor, values: Tensor, num_query: int) -> 
     return distances
 
 
-def rerank(
-    query: Tensor,
-    gallery: Tensor,
-    k1: int = 20,
-    k2: int = 6,
-    lambda_value: float = 0.3,
-    top: int | None = None,
-    on_stage: Callable[[str], None] | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Re-ranked distances: (1 - lambda) Jaccard + lambda (squared distance / its largest value of the query).
-
-    Nothing of size N x N is held, and nothing of size Q x G either if only the best `top` are asked for.
-
-    Args:
-        query: [Q, D] float32 features, as a rule L2-normalised.
-        gallery: [G, D] float32, on the device of query.
-        k1: length of the neighbour lists; more than N is fine and takes all of them.
-        k2: rows of the query expansion; 1 skips it.
-        lambda_value: share of the original distance, 0 to 1.
-        top: how many gallery rows to return for each query; more than G returns all of them. None: the whole matrix.
-        on_stage: called with the name of each stage before it starts.
-
-    Returns:
-        [Q, G] float32; or with `top` distances [Q, min(top, G)] float32, ascending, ties by the lower index, and
-        indices [Q, min(top, G)] int64 into the gallery.
-
-    Raises:
-        ValueError: shapes, types or devices that do not fit.
-        ConfigError: k1, k2, lambda_value or top out of range.
-        DataError: no rows, or rows that are not finite, zero, or so large that distances overflow.
-    """
-    check_features(query, gallery, "rerank")
-    _check_k(k1, "k1")
-    _check_k(k2, "k2")
-    if not 0.0 <= lambda_value <= 1.0:
-        raise ConfigError(
-            f"rerank: lambda={lambda_value} is not in [0, 1]: it is the share of the original distance. "
-            f"Published: lambda=0.3"
-        )
-    if top is not None and top < 1:
-        raise ConfigError(f"rerank: top={top} must be 1 or more. Example: top=100")
-    _check_points(query, "query")
-    _check_points(gallery, "gallery")
-    announce = on_stage or (lambda stage: None)
-    announce("neighbours")
-    points = torch.cat([query.detach(), gallery.detach()])  # [N, D]
-    width = min(max(k1 + 1, k2), len(points))
-    _, neighbours, row_max = nearest(points, points, width)
-    if not row_max.isfinite().all():
-        raise DataError(
-            "rerank: squared distances overflow float32. Normalise the features: torch.nn.functional.normalize"
-        )
-    announce("reciprocal sets")
-    indptr, indices = k_reciprocal(neighbours[:, : k1 + 1].contiguous(), k1)
-    values = reciprocal_weights(points, row_max, indptr, indices)
-    del points
-    announce("query expansion")
-    indptr, indices, values = query_expansion(indptr, indices, values, neighbours, k2)
-    announce("final distances")
-    arguments = (query.detach(), gallery.detach(), row_max, indptr, indices, values, float(lambda_value))
-    if top is None:
-        matrix: Tensor = backend.call("rerank_matrix", query.device.type, *arguments)
-        return matrix
-    distances, best = backend.call("rerank_lists", query.device.type, *arguments, min(top, len(gallery)))
-    return distances, best
-
-
 def rank_counts(
     distances: Tensor, q_pids: Tensor, g_pids: Tensor, q_camids: Tensor, g_camids: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -252,23 +182,6 @@ def _check_k(value: int, name: str) -> None:
         raise ConfigError(f"rerank: {name}={value} must be 1 or more. Published: k1=20, k2=6")
 
 
-def _check_points(features: Tensor, name: str) -> None:
-    if not len(features):
-        raise DataError(f"rerank: the {name} has no rows. Check that its folder holds images: data.root=FOLDER")
-    if not features.isfinite().all():
-        row = int((~features.isfinite()).any(dim=1).nonzero()[0])
-        raise DataError(
-            f"rerank: row {row} of the {name} features holds NaN or infinity. Likely the checkpoint diverged: evaluate "
-            f"an earlier one with model.weights=FILE"
-        )
-    empty = (features == 0).all(dim=1).nonzero()
-    if len(empty):
-        raise DataError(
-            f"rerank: row {int(empty[0])} of the {name} features is zero ({len(empty)} such rows), so it has no "
-            f"direction. Likely the features were never computed: extract them again"
-        )
-
-
 def _check_neighbours(neighbours: Tensor, name: str) -> None:
     if neighbours.dim() != 2 or neighbours.dtype != torch.int64:
         raise ValueError(f"{name} needs neighbours [N, K] int64, got {list(neighbours.shape)} {neighbours.dtype}")
@@ -296,17 +209,17 @@ def _check_rows(indptr: Tensor, indices: Tensor, points: int, name: str, values:
 
 
 def _register(name: str, about: str) -> None:
-    plain = backend.Implementation("reference", getattr(reference_retrieval, name), ("cpu", "cuda"), about)
-    compiled = backend.Implementation(
-        "native", getattr(native, name), ("cpu", "cuda"), "C++/CUDA extension", native.why_not
-    )
-    backend.register(backend.Operator(name, plain, (compiled,)))
+    devices = ("cpu", "cuda")
+    plain = backend.Implementation("reference", getattr(reference_retrieval, name), devices, about)
+    fast = backend.Implementation("native", getattr(native, name), devices, "C++/CUDA extension", native.why_not)
+    backend.register(backend.Operator(name, plain, (fast,)))
 
 
 _register("k_reciprocal", "Python sets, a point at a time")
 _register("reciprocal_weights", "plain torch, a row at a time")
 _register("query_expansion", "plain torch, a row at a time")
-_register("jaccard", "plain torch, dense rows")
-_register("rerank_matrix", "plain torch, dense rows")
-_register("rerank_lists", "plain torch, dense rows")
+_register("jaccard", "plain torch, a column at a time")
+_register("inverted_index", "plain torch, one sort")
+_register("rerank_matrix", "plain torch, a column at a time")
+_register("rerank_lists", "plain torch, a column at a time")
 _register("rank_counts", "plain torch, sorting the gallery")

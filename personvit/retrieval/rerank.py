@@ -22,7 +22,6 @@ from personvit.retrieval.checks import Features, check_features
 from personvit.retrieval.memory import available_memory, format_bytes
 
 _BLOCK = 1024  # queries whose re-ranked distances are held at once: 1024 x 82,161 of MSMT17 is 321 MiB
-_STAGES = 4
 _PROGRESS_FROM = 8192  # images; shorter work needs no progress bar
 _SUGGESTED_TOP = 100
 
@@ -140,8 +139,8 @@ def rerank(
         _check_memory(len(query), len(gallery), query.device)
     elif top < 1:
         raise ConfigError(f"top={top}: expected 1 or more gallery images per query, or None for the whole matrix.")
-    with _stage_bar(len(query) + len(gallery), progress) as announce:
-        result = ops.rerank(query, gallery, k1, k2, lambda_value, top, announce)
+    with _stage_bar(len(query) + len(gallery), progress) as tell:
+        result = ops.rerank(query, gallery, k1, k2, lambda_value, top, tell)
     return result if isinstance(result, Tensor) else RankedLists(*result)
 
 
@@ -152,19 +151,13 @@ def reranked_blocks(
 
     For what needs whole rows, but not all of them at once. Arguments as in `rerank`, checked.
     """
-    count, mixed = len(query), parameters.lambda_value
-    with _stage_bar(count + len(gallery), progress) as announce:
-        encoding, row_max = _encode(torch.cat([query, gallery]), parameters, announce)
-    hide_bar = not progress or count + len(gallery) < _PROGRESS_FROM or None  # None: hidden unless on a terminal
-    with tqdm(total=count, desc="re-rank: distances", unit="query", disable=hide_bar) as bar:
-        for start in range(0, count, _BLOCK):
-            rows = slice(start, min(start + _BLOCK, count))
-            part = _rows_and_gallery(encoding, rows, count)
-            block = ops.jaccard(*part, rows.stop - rows.start)[:, : len(gallery)]  # [b, G]
-            original = ops.pairwise_distance(query[rows], gallery)
-            original /= row_max[rows, None].clamp_min(torch.finfo(torch.float32).tiny)  # all images equal: 0 / 0
-            yield block.mul_(1 - mixed).add_(original, alpha=mixed)
-            bar.update(len(block))
+    with _stage_bar(len(query) + len(gallery), progress) as tell:
+        encoding = ops.encode(query, gallery, parameters.k1, parameters.k2, tell)
+        starts = range(0, len(query), _BLOCK)
+        for done, start in enumerate(starts):
+            tell("distances", done, len(starts))
+            end = min(start + _BLOCK, len(query))
+            yield ops.rerank_block(query, gallery, encoding, parameters.lambda_value, start, end)
 
 
 def first_ranks(distances: Tensor, count: int) -> RankedLists:
@@ -177,49 +170,20 @@ def first_ranks(distances: Tensor, count: int) -> RankedLists:
     return RankedLists(distances.gather(1, indices), indices)
 
 
-class _Encoding(NamedTuple):
-    """Sparse rows of all images, queries first: row i holds indices[indptr[i] : indptr[i + 1]], ascending."""
-
-    indptr: Tensor  # [N + 1] int64
-    indices: Tensor  # [nnz] int64
-    values: Tensor  # [nnz] float32
-
-
-def _encode(points: Tensor, parameters: RerankParameters, announce: Callable[[str], None]) -> tuple[_Encoding, Tensor]:
-    """Encoding of all images, and the largest distance of each to any [N] float32. As in `ops.rerank`."""
-    k1, k2 = parameters.k1, parameters.k2
-    announce("neighbours")
-    _, neighbours, row_max = ops.nearest(points, points, min(max(k1 + 1, k2), len(points)))
-    announce("reciprocal sets")
-    indptr, indices = ops.k_reciprocal(neighbours[:, : k1 + 1].contiguous(), k1)
-    values = ops.reciprocal_weights(points, row_max, indptr, indices)
-    announce("query expansion")
-    return _Encoding(*ops.query_expansion(indptr, indices, values, neighbours, k2)), row_max
-
-
 @contextmanager
-def _stage_bar(images: int, progress: bool) -> Iterator[Callable[[str], None]]:
-    """What `on_stage` of `ops.rerank` takes: shows the stage that runs on a bar of all stages."""
+def _stage_bar(images: int, progress: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """What `progress` of `ops.rerank` takes: a bar of the stage that runs."""
     hide_bar = not progress or images < _PROGRESS_FROM or None  # None: hidden unless on a terminal
-    with tqdm(total=_STAGES, unit="stage", disable=hide_bar, bar_format="{desc} [{elapsed}]", leave=False) as bar:
+    with tqdm(unit="step", disable=hide_bar, leave=False) as bar:
 
-        def announce(stage: str) -> None:
-            bar.set_description_str(f"re-rank {images} images: {stage} (stage {bar.n + 1})")
-            bar.update()
+        def tell(stage: str, done: int, total: int) -> None:
+            if done == 0:
+                bar.reset(total)
+                bar.set_description_str(f"re-rank {images} images: {stage}")
+            bar.total = total
+            bar.update(done - bar.n)
 
-        yield announce
-
-
-def _rows_and_gallery(encoding: _Encoding, rows: slice, num_query: int) -> _Encoding:
-    """The encoding of a few queries and of the whole gallery, then empty rows: columns still count all images."""
-    indptr, indices, values = encoding
-    a, b, c = (int(indptr[row]) for row in (rows.start, rows.stop, num_query))
-    ends = torch.cat([indptr[rows.start : rows.stop] - a, indptr[num_query:] - c + (b - a)])
-    return _Encoding(
-        torch.cat([ends, ends[-1:].expand(len(indptr) - len(ends))]),
-        torch.cat([indices[a:b], indices[c:]]),
-        torch.cat([values[a:b], values[c:]]),
-    )
+        yield tell
 
 
 def _check_memory(queries: int, gallery: int, device: torch.device) -> None:
