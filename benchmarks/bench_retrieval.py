@@ -264,16 +264,19 @@ def stage_seconds(data: Data, device: str) -> dict[str, float]:
 
     k1, k2, lambda_value = RERANK_PRESETS["zhong2017"]
     query, gallery = data.query.features, data.gallery.features
-    features = torch.cat([query, gallery])
-    _, neighbours, row_max = ops.nearest(features, features, k1 + 1)
+    points = torch.cat([query, gallery])
+    _, neighbours, row_max = ops.nearest(points, points, k1 + 1)
     lap("neighbours")
-    rows = ops.k_reciprocal(neighbours, k1)
-    lap("k-reciprocal sets")
-    encoding = (*rows, ops.reciprocal_weights(features, row_max, *rows))
+    sets = ops.k_reciprocal(neighbours, k1)
+    lap("reciprocal sets")
+    rows = (*sets, ops.reciprocal_weights(points, row_max, *sets))
     lap("weights")
-    encoding = ops.query_expansion(*encoding, neighbours, k2)
+    ops.query_expansion(*rows, neighbours, k2)
     lap("query expansion")
-    ops.rerank_lists(query, gallery, row_max, *encoding, lambda_value, 100)
+    del points, neighbours, row_max, sets, rows
+    encoding = ops.encode(query, gallery, k1, k2)
+    begin = time.perf_counter()
+    ops.rerank_block_lists(query, gallery, encoding, lambda_value, 0, len(query), 100)
     lap("Jaccard, mix, best 100")
     evaluate_features(*data)
     lap("metrics streamed")

@@ -133,15 +133,20 @@ def rerank(
         ConfigError: a parameter out of range, or not enough memory for the matrix; the message tells how much.
         DataError: features that are empty, not finite, zero, or of two widths.
     """
-    RerankParameters(k1, k2, lambda_value)  # raises where they make no sense
+    parameters = RerankParameters(k1, k2, lambda_value)
     query, gallery = check_features(query, gallery)
-    if top is None:
-        _check_memory(len(query), len(gallery), query.device)
-    elif top < 1:
-        raise ConfigError(f"top={top}: expected 1 or more gallery images per query, or None for the whole matrix.")
-    with _stage_bar(len(query) + len(gallery), progress) as tell:
-        result = ops.rerank(query, gallery, k1, k2, lambda_value, top, tell)
-    return result if isinstance(result, Tensor) else RankedLists(*result)
+    if top is not None:
+        if top < 1:
+            raise ConfigError(f"top={top}: expected 1 or more gallery images per query, or None for the whole matrix.")
+        with _stage_bar(len(query) + len(gallery), progress) as tell:
+            distances, indices = ops.rerank(query, gallery, k1, k2, lambda_value, top, tell)
+        return RankedLists(distances, indices)
+    _check_memory(len(query), len(gallery), query.device)
+    result = query.new_empty((len(query), len(gallery)))
+    blocks = reranked_blocks(query, gallery, parameters, progress=progress)
+    for rows, block in zip(torch.split(result, _BLOCK), blocks, strict=True):
+        rows.copy_(block)  # in place: joining blocks would take the memory twice
+    return result
 
 
 def reranked_blocks(
@@ -154,10 +159,11 @@ def reranked_blocks(
     with _stage_bar(len(query) + len(gallery), progress) as tell:
         encoding = ops.encode(query, gallery, parameters.k1, parameters.k2, tell)
         starts = range(0, len(query), _BLOCK)
-        for done, start in enumerate(starts):
-            tell("distances", done, len(starts))
+        tell("distances", 0, len(starts))
+        for done, start in enumerate(starts, start=1):
             end = min(start + _BLOCK, len(query))
             yield ops.rerank_block(query, gallery, encoding, parameters.lambda_value, start, end)
+            tell("distances", done, len(starts))
 
 
 def first_ranks(distances: Tensor, count: int) -> RankedLists:
