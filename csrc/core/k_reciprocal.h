@@ -25,11 +25,11 @@ struct NeighbourLists {
 
   PERSONVIT_HD bool holds(int64_t index, int64_t width, int64_t value) const {
     const int64_t* list = row(index);
-    bool found = false;
+    int64_t found = 0;
     for (int64_t at = 0; at < width; ++at) {
-      found |= list[at] == value;  // no early exit: the loop is short and vectorises
+      found += list[at] == value ? 1 : 0;  // no early exit: the loop is short and vectorises
     }
-    return found;
+    return found != 0;
   }
 
   // Writes R(index, width - 1) in the order of the list, returns its size, at most width.
@@ -59,26 +59,31 @@ struct HalfReciprocal {
   }
 };
 
-// Puts a value into an ascending set, unless it is there; returns the new size.
-PERSONVIT_HD inline int64_t insert_sorted(int64_t* set, int64_t size, int64_t value) {
-  int64_t low = 0, high = size;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (set[middle] < value) {
-      low = middle + 1;
-    } else {
-      high = middle;
+// An ascending set in memory of the caller.
+struct SortedSet {
+  int64_t* members;
+  int64_t size;
+
+  PERSONVIT_HD void insert(int64_t value) {
+    int64_t low = 0, high = size;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (members[middle] < value) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
     }
+    if (low < size && members[low] == value) {
+      return;
+    }
+    for (int64_t at = size; at > low; --at) {
+      members[at] = members[at - 1];
+    }
+    members[low] = value;
+    ++size;
   }
-  if (low < size && set[low] == value) {
-    return size;
-  }
-  for (int64_t at = size; at > low; --at) {
-    set[at] = set[at - 1];
-  }
-  set[low] = value;
-  return size + 1;
-}
+};
 
 // R*(i): R(i, k1), and R(j, h) of each of its points j where more than two thirds of R(j, h) lie in R(i, k1).
 struct ExpandedSets {
@@ -93,30 +98,27 @@ struct ExpandedSets {
     return most < rows ? most : rows;
   }
 
-  // Writes R*(row), ascending, into set [capacity]; mutual [width] is scratch. Returns its size.
-  PERSONVIT_HD int64_t operator()(int64_t row, int64_t* mutual, int64_t* set) const {
+  // Inserts the members of R*(row) into a set that is empty; mutual [width] is scratch.
+  template <typename Set>
+  PERSONVIT_HD void operator()(int64_t row, int64_t* mutual, Set* set) const {
     const int64_t count = lists.reciprocal(row, width, mutual);
-    int64_t size = 0;
     for (int64_t at = 0; at < count; ++at) {
-      size = insert_sorted(set, size, mutual[at]);
+      set->insert(mutual[at]);
     }
     for (int64_t at = 0; at < count; ++at) {
       const int64_t* half = half_sets + mutual[at] * half_width;
       int64_t length = 0, common = 0;
       for (; length < half_width && half[length] >= 0; ++length) {
-        bool found = false;
         for (int64_t other = 0; other < count; ++other) {
-          found |= mutual[other] == half[length];
+          common += mutual[other] == half[length] ? 1 : 0;
         }
-        common += found ? 1 : 0;
       }
       if (3 * common > 2 * length && common < length) {  // otherwise it brings nothing new
         for (int64_t member = 0; member < length; ++member) {
-          size = insert_sorted(set, size, half[member]);
+          set->insert(half[member]);
         }
       }
     }
-    return size;
   }
 };
 

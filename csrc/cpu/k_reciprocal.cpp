@@ -7,10 +7,14 @@
 #include "checks.h"
 #include "core/query_expansion.h"
 #include "cpu/entry_distances.h"
+#include "cpu/expand_rows.h"
 #include "cpu/sparse_chunks.h"
 
 namespace personvit {
 namespace {
+
+PERSONVIT_FLAT_CLONES
+void expand_set(const ExpandedSets& expand, int64_t row, int64_t* mutual, BitSet* set) { expand(row, mutual, set); }
 
 std::tuple<Tensor, Tensor> k_reciprocal_cpu(const Tensor& neighbours_, int64_t k1) {
   check_neighbours(neighbours_, "k_reciprocal");
@@ -26,11 +30,13 @@ std::tuple<Tensor, Tensor> k_reciprocal_cpu(const Tensor& neighbours_, int64_t k
   const ExpandedSets expand{lists, width, half_sets.data(), half_width};
   auto [indptr, indices, none] =
       make_sparse(neighbours, rows, false, [&](SparseChunk* chunk, int64_t begin, int64_t end) {
-        std::vector<int64_t> mutual(static_cast<size_t>(width)), set(static_cast<size_t>(expand.capacity(rows)));
+        std::vector<int64_t> mutual(static_cast<size_t>(width));
+        BitSet set(rows);
         for (int64_t row = begin; row < end; ++row) {
-          const int64_t size = expand(row, mutual.data(), set.data());
-          chunk->sizes.push_back(size);
-          chunk->indices.insert(chunk->indices.end(), set.begin(), set.begin() + size);
+          const size_t before = chunk->indices.size();
+          expand_set(expand, row, mutual.data(), &set);
+          set.drain([chunk](int64_t member) { chunk->indices.push_back(member); });
+          chunk->sizes.push_back(static_cast<int64_t>(chunk->indices.size() - before));
         }
       });
   return {indptr, indices};
@@ -67,21 +73,14 @@ std::tuple<Tensor, Tensor, Tensor> query_expansion_cpu(const Tensor& indptr_, co
                           values.const_data_ptr<float>()};
   STD_TORCH_CHECK(indptr.size(0) == rows + 1, "query_expansion: ", rows, " neighbour lists, but indptr has ",
                   indptr.size(0), " entries");
-  check_sparse(matrix.indptr, matrix.indices, rows, indices.size(0), INT64_MAX, "query_expansion");
+  check_sparse(matrix.indptr, matrix.indices, rows, indices.size(0), rows, "query_expansion");
   const QueryExpansion expand{matrix, neighbours.const_data_ptr<int64_t>(), neighbours.size(1),
                               std::min(k2, neighbours.size(1))};
   check_indices(expand.neighbours, rows * expand.stride, rows, "query_expansion: neighbours");
   return make_sparse(values, rows, true, [&](SparseChunk* chunk, int64_t begin, int64_t end) {
-    std::vector<int64_t> cursors(static_cast<size_t>(expand.count));
+    DenseExpansion gather(expand, rows);
     for (int64_t row = begin; row < end; ++row) {
-      const size_t start = chunk->indices.size();
-      const auto most = static_cast<size_t>(expand.capacity(row));
-      chunk->indices.resize(start + most);
-      chunk->values.resize(start + most);
-      const int64_t size = expand(row, cursors.data(), chunk->indices.data() + start, chunk->values.data() + start);
-      chunk->indices.resize(start + static_cast<size_t>(size));
-      chunk->values.resize(start + static_cast<size_t>(size));
-      chunk->sizes.push_back(size);
+      chunk->sizes.push_back(gather(row, &chunk->indices, &chunk->values));
     }
   });
 }

@@ -16,8 +16,10 @@
 // Loops without a sum of products for the compiler to vectorise: their clones agree in every bit.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(PERSONVIT_NO_CLONES)
 #define PERSONVIT_CLONES __attribute__((target_clones("avx2", "default")))
+#define PERSONVIT_FLAT_CLONES __attribute__((target_clones("avx2", "default"), flatten))  // with all that they call
 #else
 #define PERSONVIT_CLONES
+#define PERSONVIT_FLAT_CLONES
 #endif
 
 namespace personvit {

@@ -10,9 +10,7 @@
 namespace personvit {
 namespace {
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-__attribute__((target_clones("avx2", "default"), flatten))
-#endif
+PERSONVIT_FLAT_CLONES
 void score_query(const RankCounts& score, int64_t query, std::vector<int64_t>* scratch) {
   scratch->resize(static_cast<size_t>(score.gallery_rows));
   score(query, scratch->data());
