@@ -1,0 +1,25 @@
+// What the C++ tests share.
+#pragma once
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+#define CHECK(condition)                                                            \
+  do {                                                                              \
+    if (!(condition)) {                                                             \
+      std::fprintf(stderr, "%s:%d: %s is false\n", __FILE__, __LINE__, #condition); \
+      std::exit(1);                                                                 \
+    }                                                                               \
+  } while (0)
+
+// Few levels: many ties.
+inline std::vector<float> random_features(std::mt19937& random, int64_t size, int levels) {
+  std::vector<float> features(static_cast<size_t>(size));
+  for (float& value : features) {
+    value = static_cast<float>(random() % static_cast<unsigned>(levels)) / 3.0f;
+  }
+  return features;
+}
