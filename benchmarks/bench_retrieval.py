@@ -54,6 +54,7 @@ SCALES = {
     "msmt17": Scale(11659, 82161, 3060, 15),
 }
 CURVE = (5_000, 10_000, 20_000, 45_000, 90_000)
+CURVE_QUERIES = 1000  # the same at each size, so that only the search of all among all may grow as a square
 
 
 @dataclass(frozen=True)
@@ -157,12 +158,17 @@ class Table:
             more |= {"must": goal.must, "reach": goal.reach}
         if numpy is not None:
             self.rows.append(harness.row(work, "numpy", shape, numpy, **more))
-        backends = {row.op: row.backend for row in ops.report(self.device)}
-        self.rows.append(harness.row(work, backends.get("knn", "?"), shape, ours, **more))
+        operator = "rank_counts" if work.startswith("rank_metrics") else "knn"
+        self.rows.append(harness.row(work, backend_of(operator, self.device), shape, ours, **more))
 
     def floor(self, products: float, written: float) -> float:
         """Seconds for some products [FLOP] and a result of some bytes, as if nothing else were to be done."""
         return products / self.gemm_rate + written / self.write_rate
+
+
+def backend_of(operator: str, device: str) -> str:
+    """Which implementation of an operator runs on a device."""
+    return next(row.backend for row in ops.report(device) if row.op == operator)
 
 
 def verdict(goal: Goal | None, ours: harness.Measurement) -> str:
@@ -188,7 +194,7 @@ def rerank_rows(table: Table, name: str, options: argparse.Namespace) -> None:
     top = 100 if name == "msmt17" else None
     repeats = 1 if name == "msmt17" else 3
     total = scale.queries + scale.gallery
-    products = 2.0 * WIDTH * (total * total + scale.queries * scale.gallery)
+    products = 2.0 * WIDTH * (total * total / 2 + scale.queries * scale.gallery)  # a pair of images once
     written = scale.queries * (scale.gallery * 4 if top is None else top * 12)
     for values in ((20, 6, 0.3), (50, 15, 0.3)):
         if top is not None and values != (20, 6, 0.3):
@@ -231,21 +237,23 @@ def metric_rows(table: Table, name: str, options: argparse.Namespace) -> None:
 def curve(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Seconds of every stage at growing sizes, and the exponent of each between neighbouring sizes."""
     sizes = (500, 1000, 2000) if options.quick else CURVE
+    queries = min(CURVE_QUERIES, sizes[0] // 5)
     rows: list[dict[str, Any]] = []
     before: dict[str, float] = {}
     previous = 0
+    print(f"\nstages of rerank 20/6/0.3, {queries:,} queries: time, and growth with the images N since the line before")
     for size in sizes:
-        scale = Scale(size // 8, size - size // 8, max(10, size // 26), 6)
-        data = generate(scale, options.seed, options.device)
-        seconds = stage_seconds(data, options.device)
+        scale = Scale(queries, size - queries, max(10, size // 26), 6)
+        seconds = stage_seconds(generate(scale, options.seed, options.device), options.device)
         if not rows:
-            print(f"\n{'images':>8}" + "".join(f"{stage:>26}" for stage in seconds))
-        line = f"{size:>8}"
+            print(f"{'images':>8}" + "".join(f"{stage:>22}" for stage in seconds))
+        line = f"{size:>8,}"
         for stage, value in seconds.items():
-            growth = math.log(value / before[stage]) / math.log(size / previous) if before else math.nan
-            line += f"{harness.seconds_text(value):>15} " + (f"~N^{growth:4.2f}    " if before else " " * 10)
+            growth = f"N^{math.log(value / before[stage]) / math.log(size / previous):.2f}" if before else ""
+            line += f"{harness.seconds_text(value):>14}{growth:>8}"
             measured = harness.Measurement((value,), None)
-            rows.append(harness.row(f"curve {stage}", "ours", [scale.queries, scale.gallery, WIDTH], measured))
+            shape = [scale.queries, scale.gallery, WIDTH]
+            rows.append(harness.row(f"curve {stage}", backend_of("knn", options.device), shape, measured))
         print(line, flush=True)
         before, previous = seconds, size
     return rows
@@ -277,7 +285,7 @@ def stage_seconds(data: Data, device: str) -> dict[str, float]:
     encoding = ops.encode(query, gallery, k1, k2)
     begin = time.perf_counter()
     ops.rerank_block_lists(query, gallery, encoding, lambda_value, 0, len(query), 100)
-    lap("Jaccard, mix, best 100")
+    lap("distances, best 100")
     evaluate_features(*data)
     lap("metrics streamed")
     return seconds

@@ -141,7 +141,7 @@ def rerank(
         with _stage_bar(len(query) + len(gallery), progress) as tell:
             distances, indices = ops.rerank(query, gallery, k1, k2, lambda_value, top, tell)
         return RankedLists(distances, indices)
-    _check_memory(len(query), len(gallery), query.device)
+    _check_memory(query, gallery, parameters)
     result = query.new_empty((len(query), len(gallery)))
     blocks = reranked_blocks(query, gallery, parameters, progress=progress)
     for rows, block in zip(torch.split(result, _BLOCK), blocks, strict=True):
@@ -184,22 +184,27 @@ def _stage_bar(images: int, progress: bool) -> Iterator[Callable[[str, int, int]
 
         def tell(stage: str, done: int, total: int) -> None:
             if done == 0:
+                bar.set_description_str(f"re-rank {images} images: {stage}", refresh=False)
                 bar.reset(total)
-                bar.set_description_str(f"re-rank {images} images: {stage}")
             bar.total = total
             bar.update(done - bar.n)
 
         yield tell
 
 
-def _check_memory(queries: int, gallery: int, device: torch.device) -> None:
-    needed = queries * gallery * 4
-    free = available_memory(device)
+def _check_memory(query: Tensor, gallery: Tensor, parameters: RerankParameters) -> None:
+    queries, width = query.shape
+    images = len(gallery)
+    matrix = queries * images * 4
+    neighbours = (queries + images) * (width * 4 + max(parameters.k1 + 1, parameters.k2) * 12)
+    needed = matrix + min(queries, _BLOCK) * images * 4 + neighbours
+    free = available_memory(query.device)
     if free is not None and needed > free:
+        lists = queries * min(images, _SUGGESTED_TOP) * 12
         raise ConfigError(
-            f"The re-ranked matrix of {queries:,} queries x {gallery:,} gallery images needs {format_bytes(needed)}, "
-            f"but only {format_bytes(free)} are free on {device}. Ask for the best of each query instead: "
-            f"rerank(..., top={_SUGGESTED_TOP}) needs {format_bytes(queries * min(gallery, _SUGGESTED_TOP) * 12)}."
+            f"The re-ranked matrix of {queries:,} queries x {images:,} gallery images takes {format_bytes(matrix)}, with "
+            f"the work on it {format_bytes(needed)}, but only {format_bytes(free)} are free on {query.device}. Ask for "
+            f"the best of each query instead: rerank(..., top={_SUGGESTED_TOP}) takes {format_bytes(lists)}."
         )
 
 

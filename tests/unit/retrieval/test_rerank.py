@@ -134,9 +134,10 @@ def test_features_are_checked(sets):
 
 
 def test_too_little_memory_for_the_matrix_offers_lists(monkeypatch, sets):
-    monkeypatch.setattr(module, "available_memory", lambda device: 4096)
+    free = 20 * 160 * 4  # the matrix alone would fit
+    monkeypatch.setattr(module, "available_memory", lambda device: free)
     with pytest.raises(
-        ConfigError, match=r"20 queries x 160 gallery images needs .* free on cpu.*rerank\(\.\.\., top=100\)"
+        ConfigError, match=r"20 queries x 160 gallery images takes .* free on cpu.*rerank\(\.\.\., top=100\)"
     ):
         rerank(*sets)
     assert rerank(*sets, top=3).indices.shape == (20, 3)
