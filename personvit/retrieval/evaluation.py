@@ -14,7 +14,7 @@ from tqdm import tqdm
 from personvit.data.reid_sets import ReIDSet, ReIDSplit
 from personvit.errors import DataError
 from personvit.retrieval.checks import check_features
-from personvit.retrieval.distances import pairwise_distance
+from personvit.retrieval.distances import distance_blocks
 from personvit.retrieval.expansion import expand_queries
 from personvit.retrieval.features import UNKNOWN, Backbone, FeatureSet, extract_features
 from personvit.retrieval.metrics import (
@@ -168,9 +168,9 @@ def _labels(query: FeatureSet, gallery: FeatureSet) -> Labels:
 def _distance_blocks(query: Tensor, gallery: Tensor, progress: bool) -> Iterator[Tensor]:
     hide_bar = not progress or len(query) < _PROGRESS_FROM or None  # None: hidden unless on a terminal
     with tqdm(total=len(query), desc="ranking", unit="query", disable=hide_bar) as bar:
-        for rows in torch.split(query, _BLOCK):
-            yield pairwise_distance(rows, gallery)
-            bar.update(len(rows))
+        for block in distance_blocks(query, gallery, _BLOCK):
+            yield block
+            bar.update(len(block))
 
 
 def _first_kept(distances: Tensor, labels: Labels, count: int) -> npt.NDArray[np.int64]:

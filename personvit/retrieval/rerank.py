@@ -202,9 +202,9 @@ def _check_memory(query: Tensor, gallery: Tensor, parameters: RerankParameters) 
     if free is not None and needed > free:
         lists = queries * min(images, _SUGGESTED_TOP) * 12
         raise ConfigError(
-            f"The re-ranked matrix of {queries:,} queries x {images:,} gallery images takes {format_bytes(matrix)}, with "
-            f"the work on it {format_bytes(needed)}, but only {format_bytes(free)} are free on {query.device}. Ask for "
-            f"the best of each query instead: rerank(..., top={_SUGGESTED_TOP}) takes {format_bytes(lists)}."
+            f"The re-ranked matrix of {queries:,} queries x {images:,} gallery images takes {format_bytes(matrix)}, "
+            f"with the work on it {format_bytes(needed)}, but only {format_bytes(free)} are free on {query.device}. "
+            f"Ask for the best of each query instead: rerank(..., top={_SUGGESTED_TOP}) takes {format_bytes(lists)}."
         )
 
 
