@@ -31,7 +31,7 @@ from personvit.data.reid_sets import ReIDSet, ReIDSplit, open_reid_set
 from personvit.embedder import load
 from personvit.errors import ConfigError, DataError
 from personvit.models.vit import build_vit
-from personvit.retrieval.cache import FeatureCache, file_digest
+from personvit.retrieval.cache import FeatureCache, weights_digest
 from personvit.retrieval.evaluation import Ranking, expanded_queries, rank_features
 from personvit.retrieval.features import Backbone, FeatureSet, RawPixels, extract_features
 from personvit.retrieval.metrics import RankingResult
@@ -62,8 +62,8 @@ class Subject:
     image_size: tuple[int, int]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    weights: str | None = None
-    """File of the weights; None for a baseline."""
+    kind: str
+    """Architecture: with input size, normalisation and the values of the weights, all that decides a feature."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,9 @@ def data_of_each_set(data: DataConfig) -> list[DataConfig]:
     if len(names) == 1:
         return [data]
     if len(set(names)) < len(names) or not all(names) or "auto" in names:
-        raise ConfigError(f"data.name={data.name}: expected different names of labelled sets, as in data.name=msmt17,market1501.")
+        raise ConfigError(
+            f"data.name={data.name}: expected different names of labelled sets, as in data.name=msmt17,market1501."
+        )
     if data.root is None:
         raise ConfigError(
             f"data.name={data.name} needs data.root: the folder above all sets, or one folder for each, separated by "
@@ -193,7 +195,7 @@ def build_subject(cfg: EvaluateConfig) -> Subject:
     if cfg.raw_pixels:
         size = cfg.image_size or _RAW_SIZE
         text = f"baseline without a model: raw pixels at {size[0]}x{size[1]}"
-        return Subject(RawPixels(), text, size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+        return Subject(RawPixels(), text, size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), kind="raw pixels")
     if cfg.model.weights is None:
         size = cfg.image_size or _RANDOM_SIZE
         with torch.random.fork_rng():
@@ -202,10 +204,10 @@ def build_subject(cfg: EvaluateConfig) -> Subject:
         if torch.cuda.is_available():
             backbone.cuda()
         text = f"baseline without training: {cfg.model.arch} at {size[0]}x{size[1]}, random initialisation"
-        return Subject(backbone, text, size, IMAGENET_MEAN, IMAGENET_STD)
+        return Subject(backbone, text, size, IMAGENET_MEAN, IMAGENET_STD, cfg.model.arch)
     model = load(cfg.model.weights, image_size=cfg.image_size)
     text = f"{model.info.arch} at {model.image_size[0]}x{model.image_size[1]} from {cfg.model.weights}"
-    return Subject(model.backbone, text, model.image_size, model.mean, model.std, cfg.model.weights)
+    return Subject(model.backbone, text, model.image_size, model.mean, model.std, model.info.arch)
 
 
 def evaluate(cfg: EvaluateConfig) -> Evaluation:
@@ -271,7 +273,8 @@ def _features(cfg: EvaluateConfig, subject: Subject, reid_set: ReIDSet) -> tuple
         return extract(reid_set.query), extract(reid_set.gallery)
     first = next(iter(subject.model.parameters()), None)
     origin = {
-        "model": subject.description if subject.weights is None else file_digest(subject.weights),
+        "kind": subject.kind,
+        "weights": weights_digest(subject.model),
         "image_size": list(subject.image_size),
         "mean": list(subject.mean),
         "std": list(subject.std),

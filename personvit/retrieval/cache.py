@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from personvit import __version__
 from personvit.data.reid_sets import ReIDSplit
@@ -17,12 +18,11 @@ from personvit.errors import CheckpointError, DataError
 from personvit.models import vit
 from personvit.models.weight_files import read_weight_file, write_safetensors
 from personvit.retrieval import features as feature_module
-from personvit.retrieval.features import FeatureSet
+from personvit.retrieval.features import Backbone, FeatureSet
 
 logger = logging.getLogger(__name__)
 
 _FORMAT = 1
-_CHUNK = 1 << 22
 
 
 class FeatureCache:
@@ -78,12 +78,18 @@ class FeatureCache:
         return digest.hexdigest()
 
 
-def file_digest(path: str | Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
+def weights_digest(model: Backbone) -> str:
+    """SHA-256 of the parameters and buffers of a model, in hexadecimal: of what computes, whatever file it came from.
+
+    Raises:
+        TypeError: no nn.Module, so that nobody knows what it computes with.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"features of a {type(model).__name__} cannot be kept: only those of an nn.Module")
     digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)};".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -103,4 +109,4 @@ def _read(path: Path, key: str, count: int) -> torch.Tensor | None:
 def _code() -> str:
     """Digest of the code between an image and its feature: a change there makes other features."""
     files: Sequence[str | None] = (vit.__file__, feature_module.__file__)
-    return hashlib.sha256("".join(file_digest(file) for file in files if file).encode()).hexdigest()
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files if file)).hexdigest()

@@ -9,7 +9,7 @@ import torch
 from personvit.data.reid_sets import ReIDSplit
 from personvit.errors import DataError
 from personvit.retrieval import FeatureSet
-from personvit.retrieval.cache import FeatureCache, file_digest
+from personvit.retrieval.cache import FeatureCache, weights_digest
 
 ORIGIN = {"model": "abc", "flip": False}
 
@@ -115,6 +115,15 @@ def test_faults_are_named(split, folder, tmp_path):
         FeatureCache(tmp_path / "file" / "cache", ORIGIN).get(split, Extractor())
 
 
-def test_digest_is_that_of_the_content(tmp_path):
-    (tmp_path / "a").write_bytes(b"abc")
-    assert file_digest(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+def test_digest_of_weights_knows_names_values_and_types():
+    def digest(change=lambda model: model):
+        torch.manual_seed(5)
+        return weights_digest(change(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))))
+
+    def with_buffer(model):
+        model[1].running_mean[0] = 1e-7
+        return model
+
+    changes = (lambda model: model.half(), lambda model: model[:1], with_buffer, torch.nn.Sequential)
+    assert len({digest(), *map(digest, changes)}) == 5
+    assert digest() == digest(lambda model: model.train(False))
