@@ -336,7 +336,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     for file in (cfg.out, cfg.per_query):
         if file is not None:
-            _write(Path(file), "")  # better now than after the work
+            _write(Path(file), None)  # better now than after the work
     evaluations = evaluate_each(cfg)
     sys.stdout.write(report_text(evaluations) + "\n")
     if cfg.out is not None:
@@ -349,10 +349,12 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, text: str | None) -> None:
+    """Replace a file's content; None only makes sure that it can be written, and keeps what an earlier run left."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        with path.open("a" if text is None else "w", encoding="utf-8") as file:
+            file.write(text or "")
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error.strerror}. Name another file.") from None
 

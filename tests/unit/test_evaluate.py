@@ -125,6 +125,13 @@ def test_errors_have_no_traceback_and_their_exit_code(capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_a_failed_evaluation_keeps_the_figures_of_the_one_before(tmp_path):
+    (tmp_path / "figures.json").write_text("before")
+    with pytest.raises(DataError):
+        entry.main(["data.name=market1501", "raw_pixels=true", f"--out={tmp_path / 'figures.json'}"])
+    assert (tmp_path / "figures.json").read_text() == "before"
+
+
 def test_unwritable_out(market, tmp_path):
     (tmp_path / "file").write_text("")
     arguments = ["data.name=market1501", f"data.root={market}", "raw_pixels=true", "data.num_workers=0"]
