@@ -141,22 +141,27 @@ inline void check_num_query(int64_t num_query, int64_t rows, const char* name) {
   STD_TORCH_CHECK(rows <= std::numeric_limits<int32_t>::max(), name, ": ", rows, " rows; 2^31 - 1 is the most");
 }
 
+inline void check_index(const Tensor& indptr, const Tensor& indices, const Tensor& values, const Tensor& offsets,
+                        const Tensor& rows, const Tensor& weights, int64_t gallery_rows, const char* name) {
+  check_sparse_tensors(indptr, indices, values, name);
+  STD_TORCH_CHECK(offsets.dim() == 1 && offsets.scalar_type() == ScalarType::Long && offsets.size(0) >= 1 &&
+                      rows.dim() == 1 && rows.scalar_type() == ScalarType::Int && weights.dim() == 1 &&
+                      weights.scalar_type() == ScalarType::Float && weights.size(0) == rows.size(0),
+                  name, ": offsets, rows and weights must be those of inverted_index");
+  STD_TORCH_CHECK(same_place(indptr, offsets) && same_place(indptr, rows) && same_place(indptr, weights), name,
+                  ": tensors on different devices");
+  STD_TORCH_CHECK(gallery_rows >= 0, name, ": gallery_rows=", gallery_rows, " must be 0 or more");
+}
+
 inline void check_final(const Tensor& query, const Tensor& gallery, const Tensor& row_max, const Tensor& indptr,
                         const Tensor& indices, const Tensor& values, const Tensor& offsets, const Tensor& rows,
                         const Tensor& weights, double lambda_value, const char* name) {
   check_pair(query, gallery, name);
-  check_sparse_tensors(indptr, indices, values, name);
-  STD_TORCH_CHECK(offsets.dim() == 1 && offsets.scalar_type() == ScalarType::Long && offsets.size(0) >= 1, name,
-                  ": offsets must be [N + 1] int64");
+  check_index(indptr, indices, values, offsets, rows, weights, gallery.size(0), name);
   STD_TORCH_CHECK(indptr.size(0) == query.size(0) + 1 && row_max.dim() == 1 && row_max.size(0) == query.size(0) &&
                       row_max.scalar_type() == ScalarType::Float,
                   name, ": ", query.size(0), " queries need as many rows of indptr, and row_max [Q] float32");
-  STD_TORCH_CHECK(rows.dim() == 1 && rows.scalar_type() == ScalarType::Int && weights.dim() == 1 &&
-                      weights.scalar_type() == ScalarType::Float && weights.size(0) == rows.size(0),
-                  name, ": offsets, rows and weights must be those of inverted_index");
-  STD_TORCH_CHECK(same_place(query, indptr) && same_place(query, row_max) && same_place(query, offsets) &&
-                      same_place(query, rows) && same_place(query, weights),
-                  name, ": tensors on different devices");
+  STD_TORCH_CHECK(same_place(query, indptr) && same_place(query, row_max), name, ": tensors on different devices");
   STD_TORCH_CHECK(lambda_value >= 0.0 && lambda_value <= 1.0, name, ": lambda_value=", lambda_value,
                   " must lie in [0, 1]");
 }

@@ -34,4 +34,22 @@ PERSONVIT_HD inline float squared_distance(const float* a, const float* b, int64
   return total;
 }
 
+// Where a search takes the distance of a query and a gallery row from: computed on the spot, or a matrix.
+struct FeatureDistances {
+  const float* query;    // [Q, D]
+  const float* gallery;  // [G, D]
+  int64_t features;
+
+  PERSONVIT_HD float operator()(int64_t row, int64_t index) const {
+    return squared_distance(query + row * features, gallery + index * features, features);
+  }
+};
+
+struct DistanceMatrix {
+  const float* distances;  // [Q, G]
+  int64_t columns;
+
+  PERSONVIT_HD float operator()(int64_t row, int64_t index) const { return distances[row * columns + index]; }
+};
+
 }  // namespace personvit

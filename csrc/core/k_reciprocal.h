@@ -122,4 +122,34 @@ struct ExpandedSets {
   }
 };
 
+// Two passes where memory for the sets has to be known before they are written. Row number r of a pass is set
+// first + r; both have scratch for their own rows only.
+struct ExpandedSizes {
+  ExpandedSets expand;
+  int64_t* mutual;   // [passed rows, width]
+  int64_t* members;  // [passed rows, capacity]
+  int64_t capacity;
+  int64_t first;
+  int64_t* sizes;  // [passed rows]
+
+  PERSONVIT_HD void operator()(int64_t row) const {
+    SortedSet set{members + row * capacity, 0};
+    expand(first + row, mutual + row * expand.width, &set);
+    sizes[row] = set.size;
+  }
+};
+
+struct ExpandedMembers {
+  ExpandedSets expand;
+  int64_t* mutual;        // [passed rows, width]
+  const int64_t* indptr;  // [N + 1]
+  int64_t first;
+  int64_t* indices;  // [nnz]
+
+  PERSONVIT_HD void operator()(int64_t row) const {
+    SortedSet set{indices + indptr[first + row], 0};
+    expand(first + row, mutual + row * expand.width, &set);
+  }
+};
+
 }  // namespace personvit

@@ -15,26 +15,24 @@ namespace personvit {
 PERSONVIT_HD inline float larger(float largest, float distance) { return distance > largest ? distance : largest; }
 
 // Row number r is slice r / queries of query r % queries: neighbouring threads read the same gallery rows.
+template <typename Source>
 struct KnnSlices {
-  const float* query;    // [Q, D]
-  const float* gallery;  // [G, D]
-  float* distances;      // [slices, Q, k], nearest first
-  int64_t* indices;      // [slices, Q, k], -1 where a slice has fewer than k rows
-  float* largest;        // [slices, Q]
+  Source source;
+  float* distances;  // [slices, Q, k], nearest first
+  int64_t* indices;  // [slices, Q, k], -1 where a slice has fewer than k rows
+  float* largest;    // [slices, Q]
   int64_t queries;
   int64_t gallery_rows;
-  int64_t features;
   int64_t k;
   int64_t slice_rows;
 
   PERSONVIT_HD void operator()(int64_t row) const {
     const int64_t begin = row / queries * slice_rows;
     const int64_t end = begin + slice_rows < gallery_rows ? begin + slice_rows : gallery_rows;
-    const float* features_of_query = query + row % queries * features;
     TopK nearest(distances + row * k, indices + row * k, k);
     float farthest = 0.0f;
     for (int64_t index = begin; index < end; ++index) {
-      const float distance = squared_distance(features_of_query, gallery + index * features, features);
+      const float distance = source(row % queries, index);
       farthest = larger(farthest, distance);
       nearest.offer(distance, index);
     }

@@ -61,4 +61,30 @@ struct QueryExpansion {
   }
 };
 
+// Two passes, as those of core/k_reciprocal.h.
+struct ExpansionSizes {
+  QueryExpansion expand;
+  int64_t* cursors;  // [passed rows, k2]
+  int64_t first;
+  int64_t* sizes;  // [passed rows]
+
+  PERSONVIT_HD void operator()(int64_t row) const {
+    sizes[row] = expand(first + row, cursors + row * expand.count, nullptr, nullptr);
+  }
+};
+
+struct ExpansionEntries {
+  QueryExpansion expand;
+  int64_t* cursors;       // [passed rows, k2]
+  const int64_t* indptr;  // [N + 1]
+  int64_t first;
+  int64_t* indices;  // [nnz]
+  float* values;     // [nnz]
+
+  PERSONVIT_HD void operator()(int64_t row) const {
+    const int64_t start = indptr[first + row];
+    expand(first + row, cursors + row * expand.count, indices + start, values + start);
+  }
+};
+
 }  // namespace personvit

@@ -17,7 +17,9 @@ STABLE_TORCH_LIBRARY(personvit, library) {
   library.def(
       "query_expansion(Tensor indptr, Tensor indices, Tensor values, Tensor neighbours, int k2) -> "
       "(Tensor, Tensor, Tensor)");
-  library.def("jaccard(Tensor indptr, Tensor indices, Tensor values, int num_query) -> Tensor");
+  library.def(
+      "jaccard(Tensor indptr, Tensor indices, Tensor values, Tensor offsets, Tensor rows, Tensor weights, "
+      "int gallery_rows) -> Tensor");
   library.def(
       "inverted_index(Tensor indptr, Tensor indices, Tensor values, int num_query) -> (Tensor, Tensor, Tensor)");
   library.def(

@@ -30,18 +30,22 @@ std::tuple<Tensor, Tensor, Tensor> inverted_index_cpu(const Tensor& indptr_, con
   return {offsets, index_rows, weights};
 }
 
-Tensor jaccard_cpu(const Tensor& indptr_, const Tensor& indices_, const Tensor& values_, int64_t num_query) {
-  const auto [offsets, index_rows, weights] = inverted_index_cpu(indptr_, indices_, values_, num_query);
+Tensor jaccard_cpu(const Tensor& indptr_, const Tensor& indices_, const Tensor& values_, const Tensor& offsets_,
+                   const Tensor& rows_, const Tensor& weights_, int64_t gallery_rows) {
+  check_index(indptr_, indices_, values_, offsets_, rows_, weights_, gallery_rows, "jaccard");
   const Tensor indptr = torch::stable::contiguous(indptr_), indices = torch::stable::contiguous(indices_);
-  const Tensor values = torch::stable::contiguous(values_);
+  const Tensor values = torch::stable::contiguous(values_), offsets = torch::stable::contiguous(offsets_);
+  const Tensor rows = torch::stable::contiguous(rows_), weights = torch::stable::contiguous(weights_);
+  const int64_t queries = indptr.size(0) - 1, columns = offsets.size(0) - 1;
   const SparseRows matrix{indptr.const_data_ptr<int64_t>(), indices.const_data_ptr<int64_t>(),
                           values.const_data_ptr<float>()};
-  const InvertedIndex index{offsets.const_data_ptr<int64_t>(), index_rows.const_data_ptr<int32_t>(),
+  check_sparse(matrix.indptr, matrix.indices, queries, indices.size(0), columns, "jaccard");
+  const InvertedIndex index{offsets.const_data_ptr<int64_t>(), rows.const_data_ptr<int32_t>(),
                             weights.const_data_ptr<float>()};
-  const int64_t gallery_rows = indptr.size(0) - 1 - num_query;
-  Tensor distances = torch::stable::new_empty(values, {num_query, gallery_rows}, ScalarType::Float);
+  check_inverted(index.offsets, index.rows, columns, rows.size(0), gallery_rows, "jaccard");
+  Tensor distances = torch::stable::new_empty(values, {queries, gallery_rows}, ScalarType::Float);
   auto* out = distances.mutable_data_ptr<float>();
-  parallel_rows(num_query, 4, [&](int64_t query) {
+  parallel_rows(queries, 4, [&](int64_t query) {
     float* row = out + query * gallery_rows;
     std::fill(row, row + gallery_rows, 0.0f);
     add_overlap(matrix, index, query, row, 0, 1, NoBarrier());

@@ -99,9 +99,17 @@ def query_expansion(
     return new_indptr, new_indices, new_values
 
 
-def jaccard(indptr: Tensor, indices: Tensor, values: Tensor, num_query: int) -> Tensor:
-    """`personvit::jaccard`; see `personvit.ops.jaccard`."""
-    distances: Tensor = torch.ops.personvit.jaccard(indptr, indices, values, num_query)
+def jaccard(
+    indptr: Tensor,
+    indices: Tensor,
+    values: Tensor,
+    offsets: Tensor,
+    rows: Tensor,
+    weights: Tensor,
+    gallery_rows: int,
+) -> Tensor:
+    """`personvit::jaccard` of some rows and an inverted index; see `personvit.ops.jaccard`."""
+    distances: Tensor = torch.ops.personvit.jaccard(indptr, indices, values, offsets, rows, weights, gallery_rows)
     return distances
 
 
@@ -201,8 +209,8 @@ def _fake_query_expansion(
     return indptr.new_empty(indptr.shape[0]), indices.new_empty(entries), values.new_empty(entries)
 
 
-def _fake_jaccard(indptr: Tensor, indices: Tensor, values: Tensor, num_query: int) -> Tensor:
-    return values.new_empty((num_query, indptr.shape[0] - 1 - num_query))
+def _fake_jaccard(indptr: Tensor, indices: Tensor, values: Tensor, *rest: Any) -> Tensor:
+    return values.new_empty((indptr.shape[0] - 1, rest[-1]))
 
 
 def _fake_inverted_index(

@@ -105,21 +105,32 @@ def query_expansion(
     return _indptr(sizes, indptr), torch.cat(new_indices), torch.cat(new_values)
 
 
-def jaccard(indptr: Tensor, indices: Tensor, values: Tensor, num_query: int) -> Tensor:
+def jaccard(
+    indptr: Tensor,
+    indices: Tensor,
+    values: Tensor,
+    offsets: Tensor,
+    rows: Tensor,
+    weights: Tensor,
+    gallery_rows: int,
+) -> Tensor:
     """1 - t / (2 - t), with t the sum of the minima of two rows, columns ascending. -> [Q, G]."""
-    index = inverted_index(indptr, indices, values, num_query)
-    return _jaccard(indptr[: num_query + 1], indices, values, *index)[:, : len(indptr) - 1 - num_query]
+    overlap = values.new_zeros((len(indptr) - 1, gallery_rows))
+    for query, (begin, end) in enumerate(pairwise(indptr.tolist())):
+        for column, value in zip(indices[begin:end].tolist(), values[begin:end], strict=True):
+            part = slice(int(offsets[column]), int(offsets[column + 1]))
+            overlap[query, rows[part].long()] += torch.minimum(value, weights[part])
+    t = overlap.clamp(max=1.0)
+    return 1.0 - t / (2.0 - t)
 
 
 def inverted_index(indptr: Tensor, indices: Tensor, values: Tensor, num_query: int) -> tuple[Tensor, Tensor, Tensor]:
     """Entries of the gallery's rows ordered by column. -> offsets [N + 1], rows int32 and weights [entries]."""
-    count = len(indptr) - 1
     start = int(indptr[num_query])
-    columns = indices[start : int(indptr[-1])]
     rows = torch.repeat_interleave(indptr[num_query:].diff()).to(torch.int32)
-    order = columns.sort(stable=True).indices
-    offsets = _indptr(torch.bincount(columns, minlength=count).tolist(), indptr)
-    return offsets, rows[order], values[start : int(indptr[-1])][order]
+    columns = indices[start:].sort(stable=True)
+    offsets = torch.searchsorted(columns.values, torch.arange(len(indptr), device=indptr.device))
+    return offsets, rows[columns.indices], values[start:][columns.indices]
 
 
 def rerank_matrix(
@@ -136,7 +147,7 @@ def rerank_matrix(
 ) -> Tensor:
     """Jaccard distance and normalised original distance, mixed. -> [Q, G]."""
     original = _normalise(squared_distances(query, gallery), row_max[:, None])
-    distances = _jaccard(indptr, indices, values, offsets, rows, weights)[:, : len(gallery)]
+    distances = jaccard(indptr, indices, values, offsets, rows, weights, len(gallery))
     return distances * (1.0 - lambda_value) + original * lambda_value
 
 
@@ -181,18 +192,6 @@ def rank_counts(
             penalty[query] = len(ranks) / ranks[-1]
             first[query] = ranks[0]
     return precision, penalty, first, matches
-
-
-def _jaccard(indptr: Tensor, indices: Tensor, values: Tensor, offsets: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    """1 - t / (2 - t) of the queries' rows to gallery rows 0 to N - 1; the index knows N, not how many there are."""
-    points = len(offsets) - 1
-    overlap = values.new_zeros((len(indptr) - 1, points))
-    for query, (begin, end) in enumerate(pairwise(indptr.tolist())):
-        for column, value in zip(indices[begin:end].tolist(), values[begin:end], strict=True):
-            part = slice(int(offsets[column]), int(offsets[column + 1]))
-            overlap[query, rows[part].long()] += torch.minimum(value, weights[part])
-    t = overlap.clamp(max=1.0)
-    return 1.0 - t / (2.0 - t)
 
 
 def _exp(x: Tensor) -> Tensor:

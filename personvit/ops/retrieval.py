@@ -124,7 +124,10 @@ def jaccard(indptr: Tensor, indices: Tensor, values: Tensor, num_query: int) -> 
     _check_rows(indptr, indices, points, "jaccard", values)
     if not 0 <= num_query <= points:
         raise ValueError(f"jaccard: num_query={num_query} must be from 0 to the {points} rows")
-    distances: Tensor = backend.call("jaccard", values.device.type, indptr, indices, values, num_query)
+    device = values.device.type
+    index = backend.call("inverted_index", device, indptr, indices, values, num_query)
+    rows = indptr[: num_query + 1]
+    distances: Tensor = backend.call("jaccard", device, rows, indices, values, *index, points - num_query)
     return distances
 
 
@@ -208,18 +211,17 @@ def _check_rows(indptr: Tensor, indices: Tensor, points: int, name: str, values:
     _check_range(indices, points, f"{name}: indices")
 
 
-def _register(name: str, about: str) -> None:
-    devices = ("cpu", "cuda")
-    plain = backend.Implementation("reference", getattr(reference_retrieval, name), devices, about)
-    fast = backend.Implementation("native", getattr(native, name), devices, "C++/CUDA extension", native.why_not)
+def _register(name: str, about: str, native_devices: tuple[str, ...] = ("cpu", "cuda")) -> None:
+    plain = backend.Implementation("reference", getattr(reference_retrieval, name), ("cpu", "cuda"), about)
+    fast = backend.Implementation("native", getattr(native, name), native_devices, "C++/CUDA extension", native.why_not)
     backend.register(backend.Operator(name, plain, (fast,)))
 
 
 _register("k_reciprocal", "Python sets, a point at a time")
 _register("reciprocal_weights", "plain torch, a row at a time")
 _register("query_expansion", "plain torch, a row at a time")
+_register("inverted_index", "torch's stable sort", native_devices=("cpu",))  # on CUDA that sort is the way to do it
 _register("jaccard", "plain torch, a column at a time")
-_register("inverted_index", "plain torch, one sort")
 _register("rerank_matrix", "plain torch, a column at a time")
 _register("rerank_lists", "plain torch, a column at a time")
 _register("rank_counts", "plain torch, sorting the gallery")

@@ -168,16 +168,10 @@ void test_knn() {
     std::vector<float> slice_distances(at(slices * queries * k)), slice_largest(at(slices * queries));
     std::vector<float> distances(at(queries * k)), largest(at(queries));
     std::vector<int64_t> slice_indices(slice_distances.size()), indices(distances.size());
-    const personvit::KnnSlices search{query.data(),
-                                      gallery.data(),
-                                      slice_distances.data(),
-                                      slice_indices.data(),
-                                      slice_largest.data(),
-                                      queries,
-                                      gallery_rows,
-                                      features,
-                                      k,
-                                      slice_rows};
+    const personvit::FeatureDistances source{query.data(), gallery.data(), features};
+    const personvit::KnnSlices<personvit::FeatureDistances> search{
+        source,    slice_distances.data(), slice_indices.data(), slice_largest.data(), queries, gallery_rows, k,
+        slice_rows};
     for (int64_t row = 0; row < slices * queries; ++row) {
       search(row);
     }
@@ -274,6 +268,14 @@ void test_k_reciprocal() {
         }
       }
       std::vector<int64_t> scratch(at(stride)), members(at(expand.capacity(rows)));
+      int64_t size = -1;
+      const personvit::ExpandedSizes sizes{expand, scratch.data(), members.data(), expand.capacity(rows), row, &size};
+      sizes(0);
+      CHECK(size == static_cast<int64_t>(expected.size()));
+      std::vector<int64_t> indptr(at(row + 2)), exact(expected.size());
+      indptr[at(row + 1)] = size;
+      personvit::ExpandedMembers{expand, scratch.data(), indptr.data(), row, exact.data()}(0);
+      CHECK(exact == std::vector<int64_t>(expected.begin(), expected.end()));
       personvit::SortedSet sorted{members.data(), 0};
       expand(row, scratch.data(), &sorted);
       expand(row, scratch.data(), &bits);
@@ -343,8 +345,11 @@ void test_query_expansion() {
       }
       std::vector<int64_t> cursors(at(count)), indices(at(expand.capacity(row))), dense_indices;
       std::vector<float> values(indices.size()), dense_values;
-      const int64_t size = expand(row, cursors.data(), nullptr, nullptr);
-      CHECK(expand(row, cursors.data(), indices.data(), values.data()) == size);
+      int64_t size = -1;
+      personvit::ExpansionSizes{expand, cursors.data(), row, &size}(0);
+      std::vector<int64_t> indptr(at(row + 2));
+      indptr[at(row + 1)] = size;
+      personvit::ExpansionEntries{expand, cursors.data(), indptr.data(), row, indices.data(), values.data()}(0);
       CHECK(dense(row, &dense_indices, &dense_values) == size);
       CHECK(size == static_cast<int64_t>(expected.size()));
       int64_t n = 0;

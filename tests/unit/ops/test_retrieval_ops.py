@@ -207,12 +207,13 @@ def test_operators_check_too(pair) -> None:
     wild, wild_rows = indices.clone(), rows.clone()
     wild[0], wild_rows[0] = 999, 24
     final = (*pair, row_max[:6], indptr[:7])
+    index = (values, offsets, rows, weights)
     wrong = {
         "neighbours holds 30": lambda: native_ops.k_reciprocal(torch.full((30, 2), 30), 4),
         "k1=0": lambda: native_ops.k_reciprocal(torch.zeros(30, 2, dtype=torch.int64), 0),
-        "must ascend": lambda: native_ops.jaccard(indptr, wild, values, 6),
-        "indptr falls": lambda: native_ops.jaccard(indptr.flip(0) - indptr.flip(0).min(), indices, values, 6),
-        "num_query=31": lambda: native_ops.jaccard(indptr, indices, values, 31),
+        "must ascend": lambda: native_ops.jaccard(indptr[:7], wild, *index, 24),
+        "indptr falls": lambda: native_ops.jaccard(indptr[:7].flip(0), indices, *index, 24),
+        "gallery row 23 of 23": lambda: native_ops.jaccard(indptr[:7], indices, *index, 23),
         "inverted_index: num_query=-1": lambda: native_ops.inverted_index(indptr, indices, values, -1),
         "reciprocal_weights: the columns": lambda: native_ops.reciprocal_weights(
             torch.cat(pair), row_max, indptr, wild
@@ -245,7 +246,7 @@ def test_opcheck(pair) -> None:
         "reciprocal_weights": (points, row_max, indptr, indices),
         "query_expansion": (indptr, indices, values, neighbours, 3),
         "inverted_index": (indptr, indices, values, 6),
-        "jaccard": (indptr, indices, values, 6),
+        "jaccard": (indptr[:7], indices, values, *index, 24),
         "rerank_matrix": final,
         "rerank_lists": (*final, 4),
         "rank_counts": (torch.rand(6, 24), *labels, *labels),
