@@ -16,7 +16,7 @@ from personvit.ops.retrieval import k_reciprocal, query_expansion, reciprocal_we
 Progress = Callable[[str, int, int], None]
 """Called with the name of a stage, the steps done and the steps in all: first with 0 steps, then after each."""
 
-_BLOCK = 1024  # queries at a time; between two blocks `progress` is called
+_BLOCK = 2048  # queries at a time, where they are not done in one go
 
 
 class Encoding(NamedTuple):
@@ -173,6 +173,8 @@ def rerank(
     if top is not None and top < 1:
         raise ConfigError(f"rerank: top={top} must be 1 or more. Example: top=100")
     encoding = encode(query, gallery, k1, k2, progress)
+    if top is None and progress is None:
+        return rerank_block(query, gallery, encoding, lambda_value, 0, len(query))
     tell = progress or _silent
     starts = range(0, len(query), _BLOCK)
     tell("distances", 0, len(starts))

@@ -23,3 +23,9 @@ inline std::vector<float> random_features(std::mt19937& random, int64_t size, in
   }
   return features;
 }
+
+inline int64_t below(std::mt19937& random, int64_t bound) {
+  return static_cast<int64_t>(random() % static_cast<uint64_t>(bound));
+}
+
+inline size_t at(int64_t index) { return static_cast<size_t>(index); }
