@@ -237,7 +237,10 @@ def evaluate_each(cfg: EvaluateConfig) -> list[Evaluation]:
 def _evaluate(cfg: EvaluateConfig, subject: Subject) -> Evaluation:
     reid_set, generated = open_data(cfg)
     logger.info("%s\nmodel: %s", reid_set.table(), subject.description)
-    query, gallery = _features(cfg, subject, reid_set)
+    device = ranking_device(_device(subject.model))
+    query, gallery = (
+        dataclasses.replace(part, features=part.features.to(device)) for part in _features(cfg, subject, reid_set)
+    )
     if cfg.expansion.top:
         query = expanded_queries(query, gallery, cfg.expansion.top, cfg.expansion.alpha)
     rank = functools.partial(
@@ -252,6 +255,26 @@ def _evaluate(cfg: EvaluateConfig, subject: Subject) -> Evaluation:
     plain = rank()
     reranked = rank(rerank=RerankParameters(*cfg.rerank.values())) if cfg.rerank.enabled else None
     return Evaluation(cfg, subject, reid_set, generated, plain, reranked)
+
+
+def ranking_device(device: torch.device) -> torch.device:
+    """Where to rank by features that a model on `device` made: there, if the compiled operators are, else on the CPU.
+
+    The plain operators are made to be read; on a GPU they would take longer than the compiled ones on the CPU.
+    """
+    if device.type == "cpu":
+        return device
+    needed = ("knn", "k_reciprocal", "rerank_matrix", "rank_counts")
+    plain = [row for row in ops.report(device.type) if row.op in needed and row.backend != "native"]
+    if not plain:
+        return device
+    logger.info("ranking on the CPU: %s on %s is %s (%s)", plain[0].op, device, plain[0].backend, plain[0].reason)
+    return torch.device("cpu")
+
+
+def _device(model: Backbone) -> torch.device:
+    first = next(iter(model.parameters()), None)
+    return torch.device("cpu") if first is None else first.device
 
 
 def _features(cfg: EvaluateConfig, subject: Subject, reid_set: ReIDSet) -> tuple[FeatureSet, FeatureSet]:
@@ -271,7 +294,6 @@ def _features(cfg: EvaluateConfig, subject: Subject, reid_set: ReIDSet) -> tuple
 
     if cfg.cache is None:
         return extract(reid_set.query), extract(reid_set.gallery)
-    first = next(iter(subject.model.parameters()), None)
     origin = {
         "kind": subject.kind,
         "weights": weights_digest(subject.model),
@@ -279,7 +301,7 @@ def _features(cfg: EvaluateConfig, subject: Subject, reid_set: ReIDSet) -> tuple
         "mean": list(subject.mean),
         "std": list(subject.std),
         "flip": cfg.flip,
-        "device": "cpu" if first is None else first.device.type,
+        "device": _device(subject.model).type,
         "backend": cfg.kernels.backend,
     }
     cache = FeatureCache(cfg.cache, origin)

@@ -14,6 +14,7 @@ from personvit.config import EvaluateConfig, load_config
 from personvit.errors import CheckpointError, ConfigError, DataError
 from personvit.models.vit import vit_micro
 from personvit.models.weights import save_backbone
+from personvit.ops import ReportRow
 from personvit.retrieval import evaluate_backbone
 from personvit.runtime.entry import run
 
@@ -288,3 +289,13 @@ def test_cached_features_spare_the_model(market, weights, tmp_path, capsys, monk
 def test_bad_values_are_named(argument, message):
     with pytest.raises(ConfigError, match=message):
         entry.main(["--rerank", argument])
+
+
+@pytest.mark.parametrize(("backend", "expected"), [("native", "cuda:1"), ("reference", "cpu"), ("unavailable", "cpu")])
+def test_ranking_stays_on_the_gpu_only_with_its_compiled_operators(monkeypatch, backend, expected):
+    def report(device):
+        return [ReportRow("attention", "reference", ""), ReportRow("rank_counts", backend, "no compiler")]
+
+    monkeypatch.setattr(entry.ops, "report", report)
+    assert entry.ranking_device(torch.device("cuda:1")) == torch.device(expected)
+    assert entry.ranking_device(torch.device("cpu")) == torch.device("cpu")
