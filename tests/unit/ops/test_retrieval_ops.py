@@ -92,6 +92,23 @@ def test_progress(pair) -> None:
         assert last[1] == last[2]
 
 
+@pytest.mark.parametrize("top", [None, 30])
+def test_number_of_threads_does_not_matter(top: int | None) -> None:
+    """On sets of several blocks of rows and of queries."""
+    points = torch.nn.functional.normalize(torch.randn(150, 40)[torch.randint(150, (1500,))] + torch.randn(1500, 40))
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 8):
+            torch.set_num_threads(count)
+            result = ops.rerank(points[:200], points[200:], top=top, progress=lambda *_: None)
+            results.append(result if top else (result,))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
 def test_no_gradient_and_any_layout(pair) -> None:
     query, gallery = (points.t().contiguous().t().requires_grad_() for points in pair)
     result = ops.rerank(query, gallery)
