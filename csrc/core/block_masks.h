@@ -6,27 +6,13 @@
 #include <cstdint>
 
 #include "core/macros.h"
+#include "core/portable_exp.h"
 #include "core/rng.h"
 
 namespace personvit {
 
 constexpr int kMaxGridSide = 64;  // one bit per cell, one 64-bit word per grid row
 constexpr int kMaskAttempts = 10;
-
-// exp by a Taylor polynomial and four squarings. Only IEEE additions, multiplications and divisions, so that the host,
-// the device and the Python reference agree in every bit, which their exp() functions do not promise.
-// Relative error below 1e-13 for |x| <= 8.
-PERSONVIT_HD inline double portable_exp(double x) {
-  const double r = x / 16.0;
-  double sum = 1.0;
-  for (int n = 14; n >= 1; --n) {
-    sum = 1.0 + sum * r / n;
-  }
-  for (int n = 0; n < 4; ++n) {
-    sum = sum * sum;
-  }
-  return sum;
-}
 
 PERSONVIT_HD inline int count_bits(uint64_t word) {
 #ifdef __CUDA_ARCH__

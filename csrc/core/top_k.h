@@ -29,12 +29,18 @@ PERSONVIT_HD inline bool comes_before(float distance_a, int64_t index_a, float d
 // is total, so the result does not depend on the order of arrival.
 class TopK {
  public:
-  PERSONVIT_HD TopK(float* distances, int64_t* indices, int64_t capacity)
-      : distances_(distances), indices_(indices), capacity_(capacity), size_(0) {}
+  // The first `size` entries are a heap already, as an earlier TopK left it.
+  PERSONVIT_HD TopK(float* distances, int64_t* indices, int64_t capacity, int64_t size = 0)
+      : distances_(distances), indices_(indices), capacity_(capacity), size_(size) {}
 
   PERSONVIT_HD bool would_keep(float distance, int64_t index) const {
     return size_ < capacity_ || comes_before(distance, index, distances_[0], indices_[0]);
   }
+
+  PERSONVIT_HD bool full() const { return size_ == capacity_; }
+
+  // The distance of the last of the kept pairs, before sorting.
+  PERSONVIT_HD float last() const { return distances_[0]; }
 
   PERSONVIT_HD void offer(float distance, int64_t index) {
     if (size_ < capacity_) {
@@ -96,5 +102,17 @@ class TopK {
   int64_t capacity_;
   int64_t size_;
 };
+
+// The `capacity` smallest of a row of distances, sorted.
+PERSONVIT_HD inline void select_nearest(const float* row, int64_t size, int64_t capacity, float* distances,
+                                        int64_t* indices) {
+  TopK nearest(distances, indices, capacity);
+  for (int64_t index = 0; index < size; ++index) {
+    if (!nearest.full() || !(row[index] > nearest.last())) {
+      nearest.offer(row[index], index);
+    }
+  }
+  nearest.sort();
+}
 
 }  // namespace personvit

@@ -4,15 +4,14 @@
 #include <tuple>
 
 #include "checks.h"
+#include "cuda/distances.h"
 #include "cuda/launch.h"
+#include "cuda/select.h"
 
 namespace personvit {
 namespace {
 
-constexpr int64_t kThreads = int64_t{1} << 17;       // enough rows to fill the largest device
-constexpr int64_t kScratchPairs = int64_t{1} << 26;  // 768 MiB of (float, int64) pairs at most
-
-std::tuple<Tensor, Tensor> knn_cuda(const Tensor& query_, const Tensor& gallery_, int64_t k) {
+std::tuple<Tensor, Tensor, Tensor> knn_cuda(const Tensor& query_, const Tensor& gallery_, int64_t k) {
   check_knn(query_, gallery_, k);
   const torch::stable::accelerator::DeviceGuard guard(query_.get_device_index());
   const Tensor query = torch::stable::contiguous(query_);
@@ -22,40 +21,38 @@ std::tuple<Tensor, Tensor> knn_cuda(const Tensor& query_, const Tensor& gallery_
   const int64_t gallery_rows = gallery.size(0);
   Tensor distances = torch::stable::new_empty(query, {rows, k}, ScalarType::Float);
   Tensor indices = torch::stable::new_empty(query, {rows, k}, ScalarType::Long);
+  Tensor largest = torch::stable::new_empty(query, {rows}, ScalarType::Float);
   const cudaStream_t stream = current_stream(query);
 
-  const int64_t chunk = std::max<int64_t>(1, std::min(std::min(rows, kThreads), kScratchPairs / k));
-  const int64_t wanted = std::max<int64_t>(1, std::min(kThreads / chunk, kScratchPairs / (k * chunk)));
-  const int64_t slice_rows = std::max(k, (gallery_rows + wanted - 1) / wanted);  // shorter ones would only be padded
-  const int64_t slices = (gallery_rows + slice_rows - 1) / slice_rows;
-  Tensor slice_distances = torch::stable::new_empty(query, {slices, chunk, k}, ScalarType::Float);
-  Tensor slice_indices = torch::stable::new_empty(query, {slices, chunk, k}, ScalarType::Long);
-  for (int64_t start = 0; start < rows; start += chunk) {
-    const int64_t count = std::min(chunk, rows - start);
-    const KnnSlices search{query.const_data_ptr<float>() + start * features,
-                           gallery.const_data_ptr<float>(),
-                           slice_distances.mutable_data_ptr<float>(),
-                           slice_indices.mutable_data_ptr<int64_t>(),
-                           count,
-                           gallery_rows,
-                           features,
-                           k,
-                           slice_rows};
-    for_each_row(search, slices * count, 128, stream);
-    const KnnMerge merge{slice_distances.const_data_ptr<float>(),
-                         slice_indices.const_data_ptr<int64_t>(),
-                         distances.mutable_data_ptr<float>() + start * k,
-                         indices.mutable_data_ptr<int64_t>() + start * k,
-                         count,
-                         k,
-                         slices};
-    for_each_row(merge, count, 128, stream);
+  const int64_t block = std::min(rows_at_once(rows, gallery_rows), std::max<int64_t>(1, kScratchPairs / k));
+  Tensor matrix = torch::stable::new_empty(query, {block, gallery_rows}, ScalarType::Float);
+  Selection select(query, block, gallery_rows, k);
+  for (int64_t start = 0; start < rows; start += block) {
+    const int64_t count = std::min(block, rows - start);
+    distance_tiles(query.const_data_ptr<float>() + start * features, gallery.const_data_ptr<float>(), count,
+                   gallery_rows, features, matrix.mutable_data_ptr<float>(), stream);
+    select(matrix.const_data_ptr<float>(), count, distances.mutable_data_ptr<float>() + start * k,
+           indices.mutable_data_ptr<int64_t>() + start * k, largest.mutable_data_ptr<float>() + start, stream);
   }
-  return {distances, indices};
+  return {distances, indices, largest};
+}
+
+Tensor pairwise_distance_cuda(const Tensor& query_, const Tensor& gallery_) {
+  check_pair(query_, gallery_, "pairwise_distance");
+  const torch::stable::accelerator::DeviceGuard guard(query_.get_device_index());
+  const Tensor query = torch::stable::contiguous(query_);
+  const Tensor gallery = torch::stable::contiguous(gallery_);
+  Tensor distances = torch::stable::new_empty(query, {query.size(0), gallery.size(0)}, ScalarType::Float);
+  distance_tiles(query.const_data_ptr<float>(), gallery.const_data_ptr<float>(), query.size(0), gallery.size(0),
+                 query.size(1), distances.mutable_data_ptr<float>(), current_stream(query));
+  return distances;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(personvit, CUDA, library) { library.impl("knn", TORCH_BOX(&knn_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(personvit, CUDA, library) {
+  library.impl("knn", TORCH_BOX(&knn_cuda));
+  library.impl("pairwise_distance", TORCH_BOX(&pairwise_distance_cuda));
+}
 
 }  // namespace personvit

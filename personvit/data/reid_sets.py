@@ -80,13 +80,14 @@ class ReIDSet:
         return "\n".join(lines)
 
 
-def open_reid_set(name: str, root: str | Path) -> ReIDSet:
+def open_reid_set(name: str, root: str | Path, *, keep_same_camera: bool = False) -> ReIDSet:
     """Read the split of a labelled set from its folder and file names. No image is opened.
 
     Args:
         name: market1501, dukemtmcreid, occluded_duke, msmt17, generated (the layout of market1501), or auto (by what
             lies in `root`).
         root: folder of the set, or the folder above it.
+        keep_same_camera: gallery images of the query's own camera count as matches (protocol keep).
 
     Raises:
         ConfigError: unknown name.
@@ -102,7 +103,7 @@ def open_reid_set(name: str, root: str | Path) -> ReIDSet:
     if name == "auto":
         name = "msmt17" if (folder / "list_query.txt").is_file() else "market1501"
     result = _read_msmt17(folder) if name == "msmt17" else _read_market_family(name, folder)
-    _check_queries(result)
+    _check_queries(result, keep_same_camera)
     return result
 
 
@@ -197,8 +198,11 @@ def _read_lists(folder: Path | None, lists: list[Path]) -> ReIDSplit:
     return ReIDSplit(paths, table[:, 0], table[:, 1])
 
 
-def _check_queries(result: ReIDSet) -> None:
-    """Fail if no query can be scored, and say how many cannot: a query needs its identity under another camera."""
+def _check_queries(result: ReIDSet, keep_same_camera: bool) -> None:
+    """Fail if no query can be scored, and say how many cannot: a query needs its identity under another camera.
+
+    Under protocol keep any camera will do.
+    """
     query, gallery = result.query, result.gallery
     if not len(query) or not len(gallery):
         raise DataError(f"{result.root}: {len(query)} query and {len(gallery)} gallery images. Is the set complete?")
@@ -212,12 +216,12 @@ def _check_queries(result: ReIDSet) -> None:
     shot = np.unique(gallery.pids * cameras + gallery.camids)  # distinct (identity, camera) pairs of the gallery
     views = dict(zip(*np.unique(shot // cameras, return_counts=True), strict=True))
     own = np.isin(query.pids * cameras + query.camids, shot)
-    scored = np.array([views.get(pid, 0) for pid in query.pids]) > own
+    scored = known if keep_same_camera else np.array([views.get(pid, 0) for pid in query.pids]) > own
     if not scored.any():
         raise DataError(
             f"{result.root}: every query identity appears in the gallery under the query's own camera only. The "
             f"protocol leaves same-camera pairs out, so nothing can be scored. Are the cameras in the file names "
-            f"(_c1, _c2 ...) right?"
+            f"(_c1, _c2 ...) right? If the set has one camera, count such pairs: personvit evaluate --protocol keep"
         )
     if not scored.all():
         logger.warning(

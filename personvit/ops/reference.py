@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 MASK_ATTEMPTS = 10
-SUM_BLOCK = 32
 _WORD = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
 
@@ -110,26 +109,3 @@ def _try_block(mask: Tensor, room: float, rng: CounterRng, log_aspect: tuple[flo
         return 0
     block.fill_(True)
     return fresh
-
-
-def knn(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k nearest gallery rows of every query row. [Q, D], [G, D] -> distances [Q, k], indices [Q, k]."""
-    distances, indices = query.new_empty((len(query), k)), query.new_empty((len(query), k), dtype=torch.int64)
-    rows = max(1, (1 << 24) // len(gallery))  # at most 64 MiB of distances at a time
-    for start in range(0, len(query), rows):
-        part = slice(start, start + rows)
-        nearest = squared_distances(query[part], gallery).sort(dim=1, stable=True)  # NaN last, ties by index
-        distances[part], indices[part] = nearest.values[:, :k], nearest.indices[:, :k]
-    return distances, indices
-
-
-def squared_distances(query: Tensor, gallery: Tensor) -> Tensor:
-    """Sums of squared differences, [Q, G], in the order of csrc/core/distance.h: blocks of 32 features, then blocks."""
-    total = query.new_zeros((len(query), len(gallery)))
-    features = query.shape[1]
-    for start in range(0, features, SUM_BLOCK):
-        partial = torch.zeros_like(total)
-        for d in range(start, min(start + SUM_BLOCK, features)):
-            partial += (query[:, d, None] - gallery[None, :, d]).square()
-        total += partial
-    return total

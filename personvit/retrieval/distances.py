@@ -22,10 +22,19 @@ def pairwise_distance(query: Tensor, gallery: Tensor) -> Tensor:
     Returns:
         [Q, G] float32.
     """
-    with torch.no_grad(), torch.autocast(query.device.type, enabled=False), _full_precision():
+    return next(distance_blocks(query, gallery, max(1, len(query))))
+
+
+def distance_blocks(query: Tensor, gallery: Tensor, rows: int) -> Iterator[Tensor]:
+    """`pairwise_distance` in consecutive blocks of `rows` queries, [rows, G] each but for the last."""
+    with torch.no_grad():
         query, gallery = query.float(), gallery.float()
-        distmat = query.square().sum(1, keepdim=True) + gallery.square().sum(1)  # [Q, G]
-        return distmat.addmm_(query, gallery.t(), alpha=-2)
+        squares = gallery.square().sum(1)  # [G], once for all blocks
+    for part in torch.split(query, rows):
+        with torch.no_grad(), torch.autocast(query.device.type, enabled=False), _full_precision():
+            distmat = part.square().sum(1, keepdim=True) + squares  # [b, G]
+            distmat.addmm_(part, gallery.t(), alpha=-2)
+        yield distmat
 
 
 @contextmanager

@@ -7,8 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
+from personvit import ops
 from personvit.errors import DataError
 
 IntArray = npt.NDArray[np.int64]
@@ -29,6 +31,7 @@ class RankingResult:
         valid: [Q] bool.
         all_AP: [valid.sum()] float64, average precision of the valid queries in query order.
         all_INP: [valid.sum()] float64, likewise.
+        all_first: [valid.sum()] int64, 1-based rank of the first match, likewise.
     """
 
     mAP: float
@@ -37,6 +40,7 @@ class RankingResult:
     valid: BoolArray
     all_AP: FloatArray
     all_INP: FloatArray
+    all_first: IntArray
 
     def rank(self, k: int) -> float:
         """CMC at rank k >= 1, in [0, 1]; beyond the last stored rank it is that rank's value."""
@@ -50,6 +54,18 @@ class Labels(NamedTuple):
     g_pids: IntArray
     q_camids: IntArray
     g_camids: IntArray
+
+    def under(self, protocol: str) -> Labels:
+        """The labels by which a protocol scores: under `keep` no query shares a camera with the gallery."""
+        if protocol == "market":
+            return self
+        if protocol != "keep":
+            raise ValueError(f"protocol={protocol!r}: expected market or keep")
+        return self._replace(q_camids=np.full_like(self.q_camids, -1), g_camids=np.zeros_like(self.g_camids))
+
+    def rows(self, part: slice) -> Labels:
+        """The labels of some queries and of the whole gallery."""
+        return self._replace(q_pids=self.q_pids[part], q_camids=self.q_camids[part])
 
 
 @dataclass(frozen=True)
@@ -74,6 +90,8 @@ def rank_metrics(
     q_camids: npt.ArrayLike,
     g_camids: npt.ArrayLike,
     max_rank: int = 50,
+    *,
+    protocol: str = "market",
 ) -> RankingResult:
     """mAP, CMC and mINP of a distance matrix.
 
@@ -84,48 +102,35 @@ def rank_metrics(
     ties have a defined order and a short gallery is no error: CMC keeps its last value.
 
     Args:
-        distmat: [Q, G] float, smaller is closer.
+        distmat: [Q, G] float32, smaller is closer; wider types are rounded to it.
         q_pids: [Q] identities of the queries.
         g_pids: [G] identities of the gallery.
         q_camids: [Q] cameras of the queries.
         g_camids: [G] cameras of the gallery.
         max_rank: length of `cmc`; cut to G if the gallery is smaller.
+        protocol: market takes out same identity and camera; keep counts such entries as matches (for sets of one
+            camera; not comparable with published figures).
 
     Raises:
-        ValueError: shapes that do not fit together, or max_rank < 1.
+        ValueError: shapes that do not fit together, max_rank < 1, or an unknown protocol.
         DataError: NaN in `distmat`, or no valid query; the message counts the causes.
     """
     labels = Labels(*(np.asarray(x, dtype=np.int64) for x in (q_pids, g_pids, q_camids, g_camids)))
+    labels = labels.under(protocol)
     return summarise(score_queries(distmat, labels), labels, max_rank)
 
 
 def score_queries(distmat: Tensor | npt.NDArray[np.float32], labels: Labels) -> QueryScores:
     """Scores of each query of `distmat` [Q, G], so that a large set can be ranked block by block."""
     q_pids, g_pids, q_camids, g_camids = labels
-    rows = distmat.detach().cpu().numpy() if isinstance(distmat, Tensor) else np.asarray(distmat)
-    if rows.ndim != 2 or rows.shape != (len(q_pids), len(g_pids)):
-        raise ValueError(f"distmat is {rows.shape}, the labels say ({len(q_pids)}, {len(g_pids)})")
+    matrix = (distmat.detach() if isinstance(distmat, Tensor) else torch.as_tensor(distmat)).float()
+    if matrix.dim() != 2 or matrix.shape != (len(q_pids), len(g_pids)):
+        raise ValueError(f"distmat is {tuple(matrix.shape)}, the labels say ({len(q_pids)}, {len(g_pids)})")
     if len(q_camids) != len(q_pids) or len(g_camids) != len(g_pids):
         raise ValueError("pids and camids differ in length")
-    count = len(q_pids)
-    first = np.zeros(count, dtype=np.int64)
-    average_precision = np.zeros(count)
-    inverse_penalty = np.zeros(count)
-    for query in range(count):
-        row = rows[query]
-        if np.isnan(row).any():
-            raise DataError(
-                f"The distances of query {query} hold NaN, so nothing can be ranked. Likely the features are NaN: "
-                f"a diverged checkpoint. Evaluate an earlier one with model.weights=FILE."
-            )
-        same_pid = g_pids == q_pids[query]
-        same_camera = g_camids == q_camids[query]
-        ranks = _match_ranks(row, same_pid & ~same_camera, ~(same_pid & same_camera))
-        if len(ranks):
-            first[query] = ranks[0]
-            average_precision[query] = np.mean(np.arange(1, len(ranks) + 1) / ranks)
-            inverse_penalty[query] = len(ranks) / ranks[-1]
-    return QueryScores(first, average_precision, inverse_penalty)
+    on_device = (torch.from_numpy(label).to(matrix.device) for label in labels)
+    precision, penalty, first, _ = (score.cpu().numpy() for score in ops.rank_counts(matrix, *on_device))
+    return QueryScores(first, precision, penalty)
 
 
 def summarise(scores: QueryScores, labels: Labels, max_rank: int = 50) -> RankingResult:
@@ -144,6 +149,7 @@ def summarise(scores: QueryScores, labels: Labels, max_rank: int = 50) -> Rankin
         valid=valid,
         all_AP=scores.average_precision[valid],
         all_INP=scores.inverse_penalty[valid],
+        all_first=scores.first[valid],
     )
 
 
@@ -154,25 +160,6 @@ def concatenate(blocks: list[QueryScores]) -> QueryScores:
         np.concatenate([block.average_precision for block in blocks]),
         np.concatenate([block.inverse_penalty for block in blocks]),
     )
-
-
-def _match_ranks(row: npt.NDArray[np.floating], match: BoolArray, keep: BoolArray) -> IntArray:
-    """Ascending 1-based ranks [R] of the matches of one query among the kept gallery, by (distance, index).
-
-    The rank of a match is one plus the kept entries before it. Only values are sorted, never the whole gallery's
-    indices; an index order is worked out for tied distances alone.
-    """
-    matches = np.flatnonzero(match)
-    if not len(matches):
-        return matches
-    ordered = np.sort(row[keep])
-    distance = row[matches]
-    before = np.searchsorted(ordered, distance, side="left")
-    tied = np.searchsorted(ordered, distance, side="right") - before > 1
-    for position in np.flatnonzero(tied):
-        index = matches[position]
-        before[position] += np.count_nonzero((row[:index] == row[index]) & keep[:index])
-    return np.sort(before) + 1
 
 
 def why_no_query_is_valid(labels: Labels) -> str:
@@ -187,7 +174,10 @@ def why_no_query_is_valid(labels: Labels) -> str:
     own_camera = len(q_pids) - absent
     if own_camera > absent:
         cameras = len(np.unique(np.concatenate([q_camids, g_camids])))
-        cause = f"Likely cause: the camera labels ({cameras} distinct) are wrong, or the set has one camera only"
+        cause = (
+            f"Likely cause: the same-camera rule. The camera labels ({cameras} distinct) are wrong, or the set has one "
+            f"camera only; then count matches of the same camera with --protocol keep (in Python: protocol='keep')"
+        )
     else:
         cause = "Likely cause: query and gallery come from different data sets, or a label file is shifted"
     return (

@@ -12,20 +12,11 @@
 #include <utility>
 #include <vector>
 
+#include "check.h"
 #include "core/block_masks.h"
 #include "core/distance.h"
-#include "core/knn.h"
 #include "core/rng.h"
 #include "core/top_k.h"
-#include "cpu/knn_blocks.h"
-
-#define CHECK(condition)                                                            \
-  do {                                                                              \
-    if (!(condition)) {                                                             \
-      std::fprintf(stderr, "%s:%d: %s is false\n", __FILE__, __LINE__, #condition); \
-      std::exit(1);                                                                 \
-    }                                                                               \
-  } while (0)
 
 namespace {
 
@@ -104,14 +95,6 @@ void test_top_k() {
   }
 }
 
-std::vector<float> random_features(std::mt19937& random, int64_t size, int levels) {
-  std::vector<float> features(static_cast<size_t>(size));
-  for (float& value : features) {
-    value = static_cast<float>(random() % static_cast<unsigned>(levels)) / 3.0f;
-  }
-  return features;
-}
-
 void test_distance() {
   std::mt19937 random(1);
   for (int64_t features : {0, 1, 31, 32, 33, 64, 100, 384}) {
@@ -125,68 +108,17 @@ void test_distance() {
   }
 }
 
-// The two passes that CUDA launches, and the blocks of the CPU, against a full sort.
-void test_knn() {
-  std::mt19937 random(2);
-  for (int round = 0; round < 200; ++round) {
-    const int64_t queries = 1 + random() % (round % 10 == 0 ? 150 : 5), gallery_rows = 1 + random() % 40,
-                  features = 1 + random() % 40;
-    const int64_t k = 1 + static_cast<int64_t>(random() % static_cast<unsigned>(gallery_rows));
-    const int64_t slice_rows = 1 + static_cast<int64_t>(random() % static_cast<unsigned>(gallery_rows));
-    const int64_t slices = (gallery_rows + slice_rows - 1) / slice_rows;
-    const std::vector<float> query = random_features(random, queries * features, 2);  // few levels: many ties
-    const std::vector<float> gallery = random_features(random, gallery_rows * features, 2);
-    std::vector<float> slice_distances(static_cast<size_t>(slices * queries * k)),
-        distances(static_cast<size_t>(queries * k));
-    std::vector<int64_t> slice_indices(slice_distances.size()), indices(distances.size());
-    const personvit::KnnSlices search{
-        query.data(), gallery.data(), slice_distances.data(), slice_indices.data(), queries, gallery_rows, features, k,
-        slice_rows};
-    for (int64_t row = 0; row < slices * queries; ++row) {
-      search(row);
-    }
-    std::vector<float> cpu_distances(distances.size());
-    std::vector<int64_t> cpu_indices(indices.size());
-    const personvit::KnnBlocks blocks{
-        query.data(), gallery.data(), cpu_distances.data(), cpu_indices.data(), queries, gallery_rows, features, k};
-    for (int64_t block = 0; block < blocks.count(); ++block) {
-      blocks(block);
-    }
-    const personvit::KnnMerge merge{
-        slice_distances.data(), slice_indices.data(), distances.data(), indices.data(), queries, k, slices};
-    for (int64_t row = 0; row < queries; ++row) {
-      merge(row);
-      std::vector<std::pair<float, int64_t>> all;
-      for (int64_t index = 0; index < gallery_rows; ++index) {
-        all.emplace_back(
-            personvit::squared_distance(query.data() + row * features, gallery.data() + index * features, features),
-            index);
-      }
-      std::sort(all.begin(), all.end());
-      for (int64_t at = 0; at < k; ++at) {
-        CHECK(indices[static_cast<size_t>(row * k + at)] == all[static_cast<size_t>(at)].second);
-        CHECK(distances[static_cast<size_t>(row * k + at)] == all[static_cast<size_t>(at)].first);
-      }
-    }
-    CHECK(cpu_indices == indices);
-    CHECK(cpu_distances == distances);
-  }
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
-  const std::pair<const char*, void (*)()> tests[] = {{"rng", test_rng},
-                                                      {"block_masks", test_block_masks},
-                                                      {"top_k", test_top_k},
-                                                      {"distance", test_distance},
-                                                      {"knn", test_knn}};
+  const std::pair<const char*, void (*)()> tests[] = {
+      {"rng", test_rng}, {"block_masks", test_block_masks}, {"top_k", test_top_k}, {"distance", test_distance}};
   for (const auto& [name, test] : tests) {
     if (argc == 2 && std::strcmp(argv[1], name) == 0) {
       test();
       return 0;
     }
   }
-  std::fprintf(stderr, "usage: test_core NAME, one of rng block_masks top_k distance knn\n");
+  std::fprintf(stderr, "usage: test_core NAME, one of rng block_masks top_k distance\n");
   return 2;
 }

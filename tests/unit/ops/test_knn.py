@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from personvit import ops
-from personvit.ops import native
+from personvit.ops import native, neighbours
 
 
 def test_small_example() -> None:
@@ -56,13 +56,39 @@ def test_number_of_threads_and_company_do_not_matter() -> None:
     try:
         torch.set_num_threads(2)
         distances, indices = ops.knn(query, gallery, k=9)
+        itself = ops.nearest(gallery, gallery, k=9)
+        torch.set_num_threads(8)
+        assert all(torch.equal(a, b) for a, b in zip(ops.nearest(gallery, gallery, k=9), itself, strict=True))
         torch.set_num_threads(1)
+        assert all(torch.equal(a, b) for a, b in zip(ops.nearest(gallery, gallery, k=9), itself, strict=True))
         for part in (slice(0, 1), slice(1, 66), slice(66, 200)):
             alone = ops.knn(query[part], gallery, k=9)
             assert torch.equal(alone[0], distances[part])
             assert torch.equal(alone[1], indices[part])
     finally:
         torch.set_num_threads(threads)
+
+
+def test_row_maximum() -> None:
+    gallery = torch.tensor([[0.0, 0.0], [3.0, 4.0], [math.nan, 0.0]])
+    _, _, row_max = ops.nearest(torch.tensor([[0.0, 0.0], [3.0, 3.0], [math.nan, 1.0]]), gallery, k=1)
+    assert row_max.tolist() == [25.0, 18.0, 0.0]
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_progress_changes_nothing(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    monkeypatch.setattr(neighbours, "_STEP", 600 * 600)
+    query, gallery = torch.randn(70, 5), torch.randn(600, 5)
+    ops.set_backend(backend)
+    try:
+        for left, right in ((query, gallery), (query[:0], gallery), (gallery, gallery)):
+            calls: list[tuple[int, int]] = []
+            stepwise = ops.nearest(left, right, 6, progress=lambda *call, calls=calls: calls.append(call))
+            assert all(torch.equal(a, b) for a, b in zip(stepwise, ops.nearest(left, right, 6), strict=True))
+            assert calls == [(step, calls[-1][1]) for step in range(1, calls[-1][1] + 1)]
+        assert len(calls) == 5
+    finally:
+        ops.set_backend("auto")
 
 
 def test_non_contiguous() -> None:
@@ -101,6 +127,17 @@ def test_operator_checks_too() -> None:
         torch.ops.personvit.knn(torch.zeros(2, 3), torch.zeros(4, 2), 1)
 
 
+def test_steps_must_fit() -> None:
+    features = torch.randn(50, 4)
+    state = torch.ops.personvit.knn_begin(features, 3)
+    for wrong in (torch.randn(49, 4), torch.randn(50, 5)):
+        with pytest.raises(RuntimeError, match="knn_step"):
+            torch.ops.personvit.knn_step(wrong, *state, 0, 1)
+    with pytest.raises(RuntimeError, match="knn_step: step 2 of 2"):
+        torch.ops.personvit.knn_step(features, *state, 2, 2)
+
+
 def test_opcheck() -> None:
     assert native.load_cpu() is None
+    torch.library.opcheck(torch.ops.personvit.pairwise_distance.default, (torch.randn(3, 4), torch.randn(6, 4)))
     torch.library.opcheck(torch.ops.personvit.knn.default, (torch.randn(3, 4), torch.randn(6, 4), 2))
