@@ -33,7 +33,7 @@ from personvit.errors import ConfigError, DataError
 from personvit.models.vit import build_vit
 from personvit.retrieval.cache import FeatureCache, weights_digest
 from personvit.retrieval.evaluation import Ranking, expanded_queries, rank_features
-from personvit.retrieval.features import Backbone, FeatureSet, RawPixels, extract_features
+from personvit.retrieval.features import Backbone, FeatureSet, RawPixels, device_of, extract_features
 from personvit.retrieval.metrics import RankingResult
 from personvit.retrieval.report import (
     RERANKED,
@@ -237,7 +237,7 @@ def evaluate_each(cfg: EvaluateConfig) -> list[Evaluation]:
 def _evaluate(cfg: EvaluateConfig, subject: Subject) -> Evaluation:
     reid_set, generated = open_data(cfg)
     logger.info("%s\nmodel: %s", reid_set.table(), subject.description)
-    device = ranking_device(_device(subject.model))
+    device = ranking_device(device_of(subject.model))
     query, gallery = (
         dataclasses.replace(part, features=part.features.to(device)) for part in _features(cfg, subject, reid_set)
     )
@@ -272,11 +272,6 @@ def ranking_device(device: torch.device) -> torch.device:
     return torch.device("cpu")
 
 
-def _device(model: Backbone) -> torch.device:
-    first = next(iter(model.parameters()), None)
-    return torch.device("cpu") if first is None else first.device
-
-
 def _features(cfg: EvaluateConfig, subject: Subject, reid_set: ReIDSet) -> tuple[FeatureSet, FeatureSet]:
     def extract(split: ReIDSplit) -> FeatureSet:
         return extract_features(
@@ -301,7 +296,7 @@ def _features(cfg: EvaluateConfig, subject: Subject, reid_set: ReIDSet) -> tuple
         "mean": list(subject.mean),
         "std": list(subject.std),
         "flip": cfg.flip,
-        "device": _device(subject.model).type,
+        "device": device_of(subject.model).type,
         "backend": cfg.kernels.backend,
     }
     cache = FeatureCache(cfg.cache, origin)

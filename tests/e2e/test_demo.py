@@ -31,7 +31,7 @@ def test_demo_prints_table_and_draws_curves(tmp_path, monkeypatch, capsys):
         assert name in shown
     assert "after 4 steps" in shown
     rows = json.loads((out / "demo.json").read_text())
-    assert rows["raw pixels"].keys() == {"mAP", "rank-1", "rank-5", "other view"}
+    assert rows["raw pixels"].keys() == {"mAP", "rank-1", "rank-5", "rr-mAP", "other view"}
     assert all(0 <= value <= 1 for row in rows.values() for value in row.values())
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.split("losses and health")[0] == shown.split("losses and health")[0]
