@@ -53,7 +53,7 @@ SCALES = {
     "market": Scale(3368, 15913, 750, 6),
     "msmt17": Scale(11659, 82161, 3060, 15),
 }
-CURVE = (5_000, 10_000, 20_000, 45_000, 90_000)
+CURVE = (5_000, 10_000, 20_000, 40_000, 90_000)
 CURVE_QUERIES = 1000  # the same at each size, so that only the search of all among all may grow as a square
 
 
