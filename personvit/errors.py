@@ -48,5 +48,11 @@ class NonFiniteError(PersonViTError):
     exit_code = 7
 
 
+class UnsupportedInputError(PersonViTError, ValueError):
+    """A kernel was asked for by name and cannot compute tensors of this shape, type or layout."""
+
+    exit_code = 8
+
+
 EXIT_INTERRUPTED = 75
 """Exit code after SIGTERM or SIGINT once the checkpoint is written: `EX_TEMPFAIL`, run again with `--resume auto`."""

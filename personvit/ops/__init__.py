@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from personvit.ops.attention import attention, packed_attention
+from personvit.ops.attention import packed_attention
 from personvit.ops.backend import ReportRow, get_backend, report, set_backend
 from personvit.ops.masks import block_masks
 from personvit.ops.neighbours import knn, nearest, pairwise_distance
@@ -12,7 +12,6 @@ from personvit.ops.retrieval import jaccard, k_reciprocal, query_expansion, rank
 __all__ = [
     "Encoding",
     "ReportRow",
-    "attention",
     "block_masks",
     "encode",
     "get_backend",

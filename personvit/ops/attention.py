@@ -11,28 +11,6 @@ from torch.nn import functional as F
 from personvit.ops import backend, reference
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(Dh)) v, every token attending to every token of its sequence.
-
-    Args:
-        q: queries, [S, H, N, Dh]: sequences, heads, tokens, features per head; any floating dtype.
-        k: keys, like q.
-        v: values, like q.
-
-    Returns:
-        [S, H, N, Dh], dtype of v. Differentiable.
-
-    Raises:
-        ValueError: shapes that differ or do not have 4 dimensions.
-    """
-    if not (q.dim() == 4 and q.shape == k.shape == v.shape):
-        raise ValueError(
-            f"attention needs q, k, v of one shape [S, H, N, Dh], got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
-        )
-    out: Tensor = backend.call("attention", q.device.type, q, k, v)
-    return out
-
-
 def packed_attention(qkv: Tensor, groups: Sequence[tuple[int, int]]) -> Tensor:
     """Self-attention inside every sequence of a packed token stream, one launch for each sequence length.
 
@@ -79,13 +57,6 @@ def _sdpa_group(qkv: Tensor, sequences: int, length: int) -> Tensor:
 
 
 _SDPA = "torch scaled_dot_product_attention"
-backend.register(
-    backend.Operator(
-        "attention",
-        backend.Implementation("reference", reference.attention, ("cpu", "cuda"), "plain torch matmul and softmax"),
-        (backend.Implementation("sdpa", F.scaled_dot_product_attention, ("cpu", "cuda"), _SDPA),),
-    )
-)
 backend.register(
     backend.Operator(
         "packed_attention",

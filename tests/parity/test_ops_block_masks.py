@@ -73,4 +73,4 @@ def test_distribution_on_a_square_grid(golden) -> None:
 
 
 def test_both_backends_are_registered() -> None:
-    assert {("block_masks", "native"), ("block_masks", "reference")} <= set(backend._functions)
+    assert {("block_masks", "native"), ("block_masks", "reference")} <= set(backend._implementations)

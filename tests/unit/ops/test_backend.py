@@ -23,7 +23,7 @@ NATIVE = [
     "rerank_lists",
     "rerank_matrix",
 ]
-ALL = sorted([*NATIVE, "attention", "packed_attention"])
+ALL = sorted([*NATIVE, "packed_attention"])
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def no_extension(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_auto_takes_the_fast_ones_on_the_cpu() -> None:
     rows = {row.op: row.backend for row in ops.report("cpu")}
-    assert rows == {"attention": "sdpa", "packed_attention": "sdpa"} | dict.fromkeys(NATIVE, "native")
+    assert rows == {"packed_attention": "sdpa"} | dict.fromkeys(NATIVE, "native")
     assert [row.op for row in ops.report("cpu")] == ALL
 
 
@@ -84,12 +84,12 @@ def test_fused_without_cuda_says_what_runs(caplog: pytest.LogCaptureFixture) -> 
         ops.set_backend("fused")
     message = caplog.records[0].getMessage()
     assert "Triton kernels are off" in message
-    for expected in ("attention: sdpa", "packed_attention: sdpa", "block_masks: native", "knn: native"):
+    for expected in ("packed_attention: sdpa", "block_masks: native", "knn: native"):
         assert expected in message
 
 
 def test_unknown_backend() -> None:
-    with pytest.raises(ConfigError, match=r"kernels.backend=fast is not one of auto, reference, fused"):
+    with pytest.raises(ConfigError, match=r"kernels.backend=fast is not one of auto, reference, fused, triton"):
         ops.set_backend("fast")
 
 
@@ -103,7 +103,7 @@ def test_report_tells_what_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_first_available_of_several_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_operators", {})
-    monkeypatch.setattr(backend, "_functions", {})
+    monkeypatch.setattr(backend, "_implementations", {})
     plain = backend.Implementation("reference", lambda x: "plain", ("cpu",), "plain")
     off = backend.Implementation("triton", lambda x: "triton", ("cpu",), "kernel", lambda device: ("asleep", "wake it"))
     elsewhere = backend.Implementation("xformers", lambda x: "xformers", ("cuda",), "kernel")
