@@ -60,7 +60,7 @@ def all_builds() -> Iterator[tuple[int, Build]]:
 
 
 def compile_build(number: int, sm: int) -> dict[str, Any]:
-    """Compile configuration `number` for an architecture; a row with its resources and whether it keeps to its budget."""
+    """Compile configuration `number` for an architecture; a row with what it takes and what of it exceeds the budget."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -68,9 +68,8 @@ def compile_build(number: int, sm: int) -> dict[str, Any]:
     build = next(b for n, b in all_builds() if n == number)
     names = build.kernel.arg_names
     # Pointers are multiples of 16 bytes, as `inputs.layout` demands and the launcher would specialise them.
-    aligned = {
-        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if build.signature.get(n, "").startswith("*")
-    }
+    pointers = [i for i, n in enumerate(names) if build.signature.get(n, "").startswith("*")]
+    aligned = {(i,): [["tt.divisibility", 16]] for i in pointers}
     source = ASTSource(
         fn=build.kernel,
         signature={n: build.signature.get(n, "constexpr") for n in names},

@@ -314,8 +314,8 @@ class KernelsConfig:
     """Which implementation of each operator runs. Never changes the recipe or a checkpoint."""
 
     backend: str = "auto"
-    """auto, reference (plain torch), fused (the fastest on this device; `--fused`), or triton (its kernels everywhere; on
-    a CPU they need TRITON_INTERPRET=1 and are for debugging only)."""
+    """auto, reference (plain torch), fused (the fastest on this device; `--fused`), or triton (its kernels everywhere;
+    on a CPU they need TRITON_INTERPRET=1 and are for debugging only)."""
 
     def __post_init__(self) -> None:
         _check_choice("kernels.backend", self.backend, ("auto", "reference", "fused", "triton"))

@@ -19,6 +19,8 @@ from personvit.errors import BackendUnavailableError, ConfigError, UnsupportedIn
 log = logging.getLogger(__name__)
 
 MODES = ("auto", "reference", "fused", "triton")
+INSISTENT = ("fused", "triton")
+"""Modes in which an implementation that cannot do its work is an error."""
 
 Obstacle = tuple[str, str]
 """(reason, remedy)."""
@@ -91,18 +93,19 @@ def call(name: str, device: str, *args: Any) -> Any:
     Raises:
         UnsupportedInputError: the mode insists on an implementation that refuses these arguments.
     """
-    order = _order(name, device)
-    for backend in order:
+    for backend in _order(name, device):
         implementation = _implementations[name, backend]
         obstacle = implementation.refuses(*args)
         if obstacle is None:
             return implementation.function(*args)
-        if len(order) > 1:
-            _tell_once(name, backend, *obstacle)
-    raise UnsupportedInputError(
-        f"kernels.backend={_mode}: the {backend} implementation of {name} cannot compute this on {device}: "
-        f"{obstacle[0]}. Remedy: {obstacle[1]}. Or take what fits: kernels.backend=auto"
-    )
+        reason, remedy = obstacle
+        if _mode in INSISTENT:
+            raise UnsupportedInputError(
+                f"kernels.backend={_mode}: the {backend} implementation of {name} cannot compute this on {device}: "
+                f"{reason}. Remedy: {remedy}. Or take what fits: kernels.backend=auto"
+            )
+        _tell_once(name, backend, reason, remedy)
+    raise AssertionError(f"{name}: the reference computes everything")
 
 
 def get_backend() -> str:
@@ -124,7 +127,7 @@ def set_backend(mode: str) -> None:
     if mode not in MODES:
         raise ConfigError(f"kernels.backend={mode} is not one of {', '.join(MODES)}. Example: kernels.backend=auto")
     device = default_device()
-    if mode in ("fused", "triton"):
+    if mode in INSISTENT:
         for operator in _operators.values():
             _choose(operator, device, mode)
     _mode = mode
@@ -145,7 +148,8 @@ def choose(name: str, device: str) -> str:
     Raises:
         BackendUnavailableError: the mode insists on an implementation that cannot run.
     """
-    return _order(name, device)[0]
+    backend: str = _order(name, device)[0]
+    return backend
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a compiled function keeps the choice of its first call
@@ -197,10 +201,10 @@ def _choose(operator: Operator, device: str, mode: str) -> tuple[Implementation,
         if obstacle is None:
             return candidate, "; ".join([candidate.about, *obstacles])
         reason, remedy = obstacle
-        if mode in ("fused", "triton"):
+        if mode in INSISTENT:
             raise BackendUnavailableError(
-                f"kernels.backend={mode}: {operator.name} cannot run its {candidate.backend} implementation on {device}: {reason}. "
-                f"Remedy: {remedy}. Or take what is there: kernels.backend=auto"
+                f"kernels.backend={mode}: {operator.name} cannot run its {candidate.backend} implementation on {device}: "
+                f"{reason}. Remedy: {remedy}. Or take what is there: kernels.backend=auto"
             )
         obstacles.append(f"not {candidate.backend}: {reason}, remedy: {remedy}")
     return operator.reference, "; ".join([operator.reference.about, *obstacles])
