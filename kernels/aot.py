@@ -60,7 +60,7 @@ def all_builds() -> Iterator[tuple[int, Build]]:
 
 
 def compile_build(number: int, sm: int) -> dict[str, Any]:
-    """Compile configuration `number` for an architecture; a row with what it takes and what of it exceeds the budget."""
+    """Compile configuration `number` for an architecture; a row with what it takes and what exceeds the budget."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -203,8 +203,8 @@ def _choose(operator: Operator, device: str, mode: str) -> tuple[Implementation,
         reason, remedy = obstacle
         if mode in INSISTENT:
             raise BackendUnavailableError(
-                f"kernels.backend={mode}: {operator.name} cannot run its {candidate.backend} implementation on {device}: "
-                f"{reason}. Remedy: {remedy}. Or take what is there: kernels.backend=auto"
+                f"kernels.backend={mode}: {operator.name} cannot run its {candidate.backend} implementation on "
+                f"{device}: {reason}. Remedy: {remedy}. Or take what is there: kernels.backend=auto"
             )
         obstacles.append(f"not {candidate.backend}: {reason}, remedy: {remedy}")
     return operator.reference, "; ".join([operator.reference.about, *obstacles])
