@@ -26,13 +26,18 @@ def pairwise_distance(query: Tensor, gallery: Tensor) -> Tensor:
 
 
 def distance_blocks(query: Tensor, gallery: Tensor, rows: int) -> Iterator[Tensor]:
-    """`pairwise_distance` in consecutive blocks of `rows` queries, [rows, G] each but for the last."""
+    """`pairwise_distance` in consecutive blocks of `rows` queries, [rows, G] each but for the last.
+
+    All blocks share one memory, since touching fresh pages costs a third of the time of the product: a block holds
+    until the next is asked for.
+    """
     with torch.no_grad():
         query, gallery = query.float(), gallery.float()
         squares = gallery.square().sum(1)  # [G], once for all blocks
+        memory = query.new_empty((min(rows, len(query)), len(gallery)))
     for part in torch.split(query, rows):
         with torch.no_grad(), torch.autocast(query.device.type, enabled=False), _full_precision():
-            distmat = part.square().sum(1, keepdim=True) + squares  # [b, G]
+            distmat = torch.add(part.square().sum(1, keepdim=True), squares, out=memory[: len(part)])  # [b, G]
             distmat.addmm_(part, gallery.t(), alpha=-2)
         yield distmat
 

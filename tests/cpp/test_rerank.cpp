@@ -310,13 +310,34 @@ void test_rank_metrics() {
   }
 }
 
+void test_bit_set() {
+  std::mt19937 random(5);
+  for (const int64_t bound : {1, 63, 64, 65, 4095, 4096, 4097, 300000}) {
+    personvit::BitSet bits(bound);
+    for (int round = 0; round < 3; ++round) {  // drained sets are used again
+      std::set<int64_t> expected{0, bound - 1};
+      for (int64_t more = below(random, 200); more > 0; --more) {
+        expected.insert(below(random, bound));
+      }
+      for (const int64_t member : expected) {
+        bits.insert(member);
+        bits.insert(member);
+      }
+      std::vector<int64_t> found;
+      bits.drain([&found](int64_t member) { found.push_back(member); });
+      CHECK(found == std::vector<int64_t>(expected.begin(), expected.end()));
+    }
+    bits.drain([](int64_t) { CHECK(false); });
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const std::pair<const char*, void (*)()> tests[] = {
       {"k_reciprocal", test_k_reciprocal},       {"weights", test_weights},
       {"query_expansion", test_query_expansion}, {"jaccard", test_jaccard},
-      {"rank_metrics", test_rank_metrics},
+      {"rank_metrics", test_rank_metrics},       {"bit_set", test_bit_set},
   };
   for (const auto& [name, test] : tests) {
     if (argc == 2 && std::strcmp(argv[1], name) == 0) {

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from personvit.retrieval import pairwise_distance
+from personvit.retrieval.distances import distance_blocks
 
 
 @pytest.mark.parametrize(
@@ -35,3 +36,15 @@ def test_autocast_and_matmul_precision_do_not_lower_it():
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(precision)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 16, 17, 40])
+def test_blocks_are_the_rows_of_the_matrix_in_one_memory(rows: int) -> None:
+    q, g = torch.randn(17, 24), torch.randn(29, 24)
+    places, blocks = set(), []
+    for block in distance_blocks(q, g, rows):
+        places.add(block.data_ptr())
+        blocks.append(block.clone())
+    assert [len(block) for block in blocks] == [len(part) for part in q.split(rows)]
+    torch.testing.assert_close(torch.cat(blocks), pairwise_distance(q, g), rtol=1e-6, atol=1e-5)
+    assert len(places) == 1
