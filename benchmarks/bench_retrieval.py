@@ -245,8 +245,8 @@ def metric_rows(table: Table, name: str, options: argparse.Namespace) -> None:
 
 def curve(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Seconds of every stage at growing sizes, and the exponent of each between neighbouring sizes."""
-    sizes = (500, 1000, 2000) if options.quick else CURVE
-    queries = min(CURVE_QUERIES, sizes[0] // 5)
+    sizes = [500, 1000, 2000] if options.quick else options.sizes
+    queries = min(CURVE_QUERIES, min(sizes) // 5)
     rows: list[dict[str, Any]] = []
     before: dict[str, float] = {}
     previous = 0
@@ -305,6 +305,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, in seconds")
     parser.add_argument("--curve", action="store_true", help="the growth curve instead of the table")
+    parser.add_argument("--sizes", type=int, nargs="+", default=CURVE, help="images of the curve (default %(default)s)")
     parser.add_argument("--scales", default="5k,market,msmt17", help=f"of {', '.join(SCALES)} (default %(default)s)")
     parser.add_argument("--no-baseline", dest="baseline", action="store_false", help="leave the numpy references out")
     parser.add_argument("--threads", type=int, help="default: what torch takes")

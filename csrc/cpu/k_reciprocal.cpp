@@ -28,14 +28,14 @@ std::tuple<Tensor, Tensor> k_reciprocal_cpu(const Tensor& neighbours_, int64_t k
   const HalfReciprocal half{lists, half_width, half_sets.data()};
   parallel_rows(rows, 256, half);
   const ExpandedSets expand{lists, width, half_sets.data(), half_width};
-  auto [indptr, indices, none] =
-      make_sparse(neighbours, rows, false, [&](SparseChunk* chunk, int64_t begin, int64_t end) {
+  auto [indptr, indices, none] = make_sparse(
+      neighbours, rows, false, [rows] { return BitSet(rows); },
+      [&](BitSet* set, SparseChunk* chunk, int64_t begin, int64_t end) {
         std::vector<int64_t> mutual(static_cast<size_t>(width));
-        BitSet set(rows);
         for (int64_t row = begin; row < end; ++row) {
           const size_t before = chunk->indices.size();
-          expand_set(expand, row, mutual.data(), &set);
-          set.drain([chunk](int64_t member) { chunk->indices.push_back(member); });
+          expand_set(expand, row, mutual.data(), set);
+          set->drain([chunk](int64_t member) { chunk->indices.push_back(member); });
           chunk->sizes.push_back(static_cast<int64_t>(chunk->indices.size() - before));
         }
       });
@@ -77,12 +77,13 @@ std::tuple<Tensor, Tensor, Tensor> query_expansion_cpu(const Tensor& indptr_, co
   const QueryExpansion expand{matrix, neighbours.const_data_ptr<int64_t>(), neighbours.size(1),
                               std::min(k2, neighbours.size(1))};
   check_indices(expand.neighbours, rows * expand.stride, rows, "query_expansion: neighbours");
-  return make_sparse(values, rows, true, [&](SparseChunk* chunk, int64_t begin, int64_t end) {
-    DenseExpansion gather(expand, rows);
-    for (int64_t row = begin; row < end; ++row) {
-      chunk->sizes.push_back(gather(row, &chunk->indices, &chunk->values));
-    }
-  });
+  return make_sparse(
+      values, rows, true, [&expand, rows] { return DenseExpansion(expand, rows); },
+      [](DenseExpansion* gather, SparseChunk* chunk, int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+          chunk->sizes.push_back((*gather)(row, &chunk->indices, &chunk->values));
+        }
+      });
 }
 
 }  // namespace

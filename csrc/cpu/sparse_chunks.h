@@ -19,14 +19,20 @@ struct SparseChunk {
   std::vector<float> values;  // empty for sets
 };
 
-// Calls fill(chunk, begin, end) for all chunks of rows; fill appends the size and the entries of each of its rows.
+// Calls fill(&scratch, chunk, begin, end) for all chunks of rows; fill appends the size and the entries of each of its
+// rows, and leaves the scratch of make_scratch() as it was. A thread makes one for all its chunks: scratch has a place
+// for every row, so one for each chunk would cost as the square of the rows.
 // Returns indptr [rows + 1], indices [nnz] and values [nnz, or 0 for sets].
-template <typename Fill>
-std::tuple<Tensor, Tensor, Tensor> make_sparse(const Tensor& like, int64_t rows, bool with_values, const Fill& fill) {
+template <typename MakeScratch, typename Fill>
+std::tuple<Tensor, Tensor, Tensor> make_sparse(const Tensor& like, int64_t rows, bool with_values,
+                                               const MakeScratch& make_scratch, const Fill& fill) {
   std::vector<SparseChunk> chunks(static_cast<size_t>((rows + kChunkRows - 1) / kChunkRows));
-  parallel_rows(static_cast<int64_t>(chunks.size()), 1, [&](int64_t number) {
-    const int64_t begin = number * kChunkRows;
-    fill(&chunks[static_cast<size_t>(number)], begin, std::min(begin + kChunkRows, rows));
+  torch::stable::parallel_for(0, static_cast<int64_t>(chunks.size()), 1, [&](int64_t first, int64_t last) {
+    auto scratch = make_scratch();
+    for (int64_t number = first; number < last; ++number) {
+      const int64_t begin = number * kChunkRows;
+      fill(&scratch, &chunks[static_cast<size_t>(number)], begin, std::min(begin + kChunkRows, rows));
+    }
   });
   Tensor indptr = torch::stable::new_empty(like, {rows + 1}, ScalarType::Long);
   auto* offsets = indptr.mutable_data_ptr<int64_t>();
