@@ -22,7 +22,7 @@ from personvit.data.loaders import CropBatch
 from personvit.engine.checkpoint import check_fit
 from personvit.losses import DINOLoss, IBOTPatchLoss, temperature_schedule
 from personvit.models.ssl import SSLOutputs, StudentTeacher
-from personvit.optim import build_schedules, clip_gradients, param_groups
+from personvit.optim import AdamWEma, build_schedules, clip_coefficients, param_groups, trained_parameters
 from personvit.runtime.distributed import Ranks, all_reduce_sum
 from personvit.runtime.seed import seed_everything, stream_seed
 
@@ -76,6 +76,7 @@ class PretrainStep:
             eps=cfg.optim.eps,
             fused=ranks.device.type == "cuda",
         )
+        self._updater = AdamWEma(self.optimizer, self.model.teacher_of())
         epochs, warmup, delay = cfg.train.epochs, loss.teacher_temp_warmup_epochs, cfg.masks.start_epoch
         self.schedules = build_schedules(cfg.optim, cfg.train.batch_size, epochs, steps_per_epoch)
         self._cls_temps = temperature_schedule(*loss.teacher_temp, warmup, epochs)
@@ -141,13 +142,13 @@ class PretrainStep:
         if step < self.cfg.optim.freeze_last_layer_epochs * self._steps_per_epoch:
             for prototype in self._prototypes:
                 prototype.grad = None
-        norm = clip_gradients(self._network.parameters(), self.cfg.optim.clip_grad)
+        norm, coefficients = clip_coefficients(trained_parameters(self.optimizer), self.cfg.optim.clip_grad)
         totals = all_reduce_sum(self._totals.clone()) / self._ranks.world_size
         numbers = torch.cat([totals, norm.to(totals).reshape(1)])
         loss, loss_cls, loss_patch, grad_norm = numbers.tolist()
         finite = bool(numbers.isfinite().all())
         if finite:
-            self._apply(step)
+            self._apply(step, coefficients)
         else:
             self.dino_loss.discard()
             self.patch_loss.discard()
@@ -155,12 +156,11 @@ class PretrainStep:
         self._totals.zero_()
         return StepResult(loss=loss, loss_cls=loss_cls, loss_patch=loss_patch, grad_norm=grad_norm, finite=finite)
 
-    def _apply(self, step: int) -> None:
+    def _apply(self, step: int, coefficients: Tensor | None) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = float(self.schedules.lr[step])
         self.optimizer.param_groups[0]["weight_decay"] = float(self.schedules.weight_decay[step])
-        self.optimizer.step()
-        self.model.update_teacher(float(self.schedules.momentum[step]))
+        self._updater.step(coefficients, float(self.schedules.momentum[step]))
         self.dino_loss.apply_centre()
         self.patch_loss.apply_centre()
 

@@ -8,7 +8,6 @@ teacher's mean patch logit is taken in the bottleneck, because the last layer is
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from personvit.config import PretrainConfig
 from personvit.models.heads import ProjectionHead
-from personvit.models.vit import VisionTransformer, build_vit
+from personvit.models.vit import VisionTransformer, build_vit, cls_rows, patch_rows
 from personvit.models.weights import load_into
 
 _log = logging.getLogger(__name__)
@@ -64,21 +63,6 @@ class SSLOutputs:
     """[2B, D]: the same of the student's global crops."""
 
 
-def gather_patches(tokens: Tensor, mask_indices: Tensor) -> Tensor:
-    """Patch tokens at flat patch positions, without copying the others.
-
-    Args:
-        tokens: [B, 1 + N, D], CLS first.
-        mask_indices: [M] int64 into B*N patches.
-
-    Returns:
-        [M, D].
-    """
-    patches = tokens.shape[1] - 1
-    rows = mask_indices + torch.div(mask_indices, patches, rounding_mode="floor") + 1  # skip the CLS of each crop
-    return tokens.flatten(0, 1).index_select(0, rows)
-
-
 class Network(nn.Module):
     """Backbone and head. Its forward is the student's, so that DistributedDataParallel can wrap it."""
 
@@ -103,16 +87,16 @@ class Network(nn.Module):
         """
         crops = [global_crops] if local_crops is None else [global_crops, local_crops]
         crop_masks: list[Tensor | None] = [masks] if local_crops is None else [masks, None]
-        tokens = self.backbone.forward_packed(crops, crop_masks)
-        cls_tokens = torch.cat([part[:, 0] for part in tokens])
-        cls_logits, patch_logits = self.head(cls_tokens, gather_patches(tokens[0], mask_indices))
-        return cls_logits, patch_logits, tokens[0][:, 0]
-
-
-@torch.no_grad()
-def ema_update(averages: Sequence[Tensor], values: Sequence[Tensor], momentum: float) -> None:
-    """In place: average <- momentum * average + (1 - momentum) * value, one launch for all tensors."""
-    torch._foreach_lerp_(list(averages), list(values), 1.0 - momentum)
+        patches = masks.shape[1]
+        groups = [(len(global_crops), 1 + patches)]
+        if local_crops is not None:
+            groups.append((len(local_crops), 1 + self.backbone.patches_of(local_crops)))
+        cls_positions = cls_rows(groups, masks.device)
+        rows = torch.cat([cls_positions, patch_rows(mask_indices, patches)])
+        tokens = self.backbone.forward_rows(crops, crop_masks, rows)  # [(2 + L) * B + M, D]
+        cls_tokens, masked = tokens[: len(cls_positions)], tokens[len(cls_positions) :]
+        cls_logits, patch_logits = self.head(cls_tokens, masked)
+        return cls_logits, patch_logits, cls_tokens[: len(global_crops)]
 
 
 class StudentTeacher(nn.Module):
@@ -173,21 +157,17 @@ class StudentTeacher(nn.Module):
         vectors = head.bottleneck(tokens)  # [2B, 1 + N, bottleneck]
         cls_matrix, patch_matrix = head.prototype_matrices()
         cls_logits = F.linear(vectors[:, 0], cls_matrix)
-        patch_logits = F.linear(gather_patches(vectors, mask_indices), patch_matrix)
+        masked = vectors.flatten(0, 1).index_select(0, patch_rows(mask_indices, tokens.shape[1] - 1))
+        patch_logits = F.linear(masked, patch_matrix)
         # The mean logit over all patches equals the logit of the mean vector; in float32, as the centre is.
         with torch.autocast(tokens.device.type, enabled=False):
             patch_mean = F.linear(vectors[:, 1:].mean(dim=(0, 1)), patch_matrix)
         return cls_logits, patch_logits, patch_mean, tokens[:, 0]
 
-    def update_teacher(self, momentum: float) -> None:
-        """Move the teacher towards the student: teacher <- momentum * teacher + (1 - momentum) * student.
-
-        Only parameters that both have take part (the mask token is the student's own). Call it after the optimiser.
-        """
-        values = {_plain_name(name): parameter for name, parameter in self.student.named_parameters()}
-        averages = dict(self.teacher.named_parameters())
-        common = [name for name in averages if name in values]
-        ema_update([averages[name] for name in common], [values[name] for name in common], momentum)
+    def teacher_of(self) -> dict[Tensor, Tensor]:
+        """The teacher's tensor of each student parameter that both have; the mask token is the student's own."""
+        students = {_plain_name(name): parameter for name, parameter in self.student.named_parameters()}
+        return {students[name]: average for name, average in self.teacher.named_parameters() if name in students}
 
 
 def _plain_name(name: str) -> str:

@@ -5,6 +5,8 @@ position table of H/16 x W/16 cells is row-major, as in damo-cv/TransReID-SSL di
 
 All crops of a step travel as one stream of tokens [T, D]: norms, linear layers and MLPs see one large matrix, only
 attention is launched once per sequence length. `forward` is the same code with a single group.
+
+A branch (attention or MLP) is added to the stream by the norm that reads the sum: the two are one pass over memory.
 """
 
 from __future__ import annotations
@@ -12,14 +14,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from personvit.errors import ConfigError
-from personvit.ops import packed_attention
+from personvit.ops import add_layer_norm, assemble_tokens, gather_layer_norm, packed_attention
 
 Groups = Sequence[tuple[int, int]]
 """(number of sequences, tokens per sequence) for each resolution, in stream order."""
@@ -35,8 +37,12 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, N, D], N row-major over the patch grid."""
-        tokens: Tensor = self.proj(images).flatten(2).transpose(1, 2)
-        return tokens
+        batch, channels, height, width = images.shape
+        size = self.patch_size
+        # The convolution as the matrix product that it is: its result then lies token by token in memory.
+        cells = images.reshape(batch, channels, height // size, size, width // size, size)
+        patches = cells.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * size * size)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class Attention(nn.Module):
@@ -81,6 +87,25 @@ class Mlp(nn.Module):
         return output
 
 
+class Stream(NamedTuple):
+    """Residual stream with the branch that is still to be added to it."""
+
+    tokens: Tensor
+    """[T, D]."""
+    branch: Tensor | None = None
+    """[T, D]; None: nothing to add."""
+    scale: Tensor | None = None
+    """[T] float32 drop path factor of the branch (0 or 1/keep); None: 1."""
+
+    def norm(self, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        """The stream [T, D] with its branch added, and that normalised."""
+        return add_layer_norm(self.tokens, self.branch, self.scale, None, norm.weight, norm.bias, norm.eps)
+
+    def norm_rows(self, norm: nn.LayerNorm, rows: Tensor) -> Tensor:
+        """Rows [R] of the normalised stream, [R, D]; no other is computed."""
+        return gather_layer_norm(self.tokens, self.branch, self.scale, rows, norm.weight, norm.bias, norm.eps)
+
+
 class Block(nn.Module):
     """Pre-norm transformer block on a packed stream."""
 
@@ -91,21 +116,21 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, tokens: Tensor, groups: Groups, scales: Tensor | None = None) -> Tensor:
+    def forward(self, stream: Stream, groups: Groups, scales: Tensor | None = None) -> Stream:
         """One block.
 
         Args:
-            tokens: [T, D].
+            stream: what the block before gave.
             groups: sequences of the stream.
-            scales: [2, T, 1] float32 drop path factors of the attention and the MLP branch (0 or 1/keep); None: 1.
+            scales: [2, T] float32 drop path factors of the attention and the MLP branch (0 or 1/keep); None: 1.
 
         Returns:
-            [T, D].
+            The stream, whose branch is that of the MLP.
         """
-        attended = self.attn(self.norm1(tokens), groups)
-        tokens = tokens + attended if scales is None else torch.addcmul(tokens, attended, scales[0])
-        mixed = self.mlp(self.norm2(tokens))
-        return tokens + mixed if scales is None else torch.addcmul(tokens, mixed, scales[1])
+        attention_scale, mlp_scale = (None, None) if scales is None else scales.unbind()
+        tokens, normed = stream.norm(self.norm1)
+        tokens, normed = Stream(tokens, self.attn(normed, groups), attention_scale).norm(self.norm2)
+        return Stream(tokens, self.mlp(normed), mlp_scale)
 
 
 @functools.lru_cache(maxsize=32)
@@ -201,6 +226,10 @@ class VisionTransformer(nn.Module):
             )
         return height // patch, width // patch
 
+    def patches_of(self, images: Tensor) -> int:
+        """Patches N of each image of [B, 3, H, W]."""
+        return math.prod(self._grid_of(images.shape[2], images.shape[3]))
+
     def position_table(self, grid: tuple[int, int]) -> Tensor:
         """Positions [1, 1 + h*w, D] for a patch grid of h rows and w columns; the CLS position is never resized."""
         if grid == self.grid:
@@ -210,24 +239,8 @@ class VisionTransformer(nn.Module):
             matrix = position_resize_matrix(self.grid, grid, self.pos_embed.device).to(self.pos_embed.dtype)
             return torch.cat([self.pos_embed[:, :1], matrix @ self.pos_embed[:, 1:]], dim=1)
 
-    def _assemble(self, images: Tensor, masks: Tensor | None) -> Tensor:
-        """Images [B, 3, H, W] and masks [B, N] -> tokens with CLS and positions [B, 1 + N, D]."""
-        grid = self._grid_of(images.shape[2], images.shape[3])
-        tokens = self.patch_embed(images)  # [B, N, D]
-        if masks is not None:
-            if self.masked_embed is None:
-                raise ConfigError(
-                    "Masks were given to a backbone without a mask token: build it with masked_embed=True."
-                )
-            # where() rather than indexed assignment: the mask token takes part in the graph even if nothing is masked,
-            # which DistributedDataParallel needs.
-            tokens = torch.where(masks.unsqueeze(-1), self.masked_embed.to(tokens.dtype), tokens)
-        positions = self.position_table(grid)
-        cls_token = (self.cls_token + positions[:, :1]).expand(len(images), -1, -1)
-        return torch.cat([cls_token, tokens + positions[:, 1:]], dim=1)
-
     def _drop_path_scales(self, groups: Groups, device: torch.device) -> list[Tensor | None]:
-        """Per block [2, T, 1] factors: each sequence is dropped or kept as a whole, attention and MLP separately."""
+        """Per block [2, T] factors: each sequence is dropped or kept as a whole, attention and MLP separately."""
         if not self.training or not any(self.drop_path_rates):
             return [None] * self.depth
         sequences = sum(count for count, _ in groups)
@@ -235,14 +248,29 @@ class VisionTransformer(nn.Module):
         tokens = sum(count * length for count, length in groups)
         sequence_of = torch.arange(sequences, device=device).repeat_interleave(lengths, output_size=tokens)  # [T]
         kept = torch.rand(self.depth, 2, sequences, device=device) < self._keep
-        scales = (kept / self._keep).index_select(2, sequence_of).unsqueeze(-1)  # [depth, 2, T, 1]
+        scales = (kept / self._keep).index_select(2, sequence_of)  # [depth, 2, T]
         return [scale if rate else None for scale, rate in zip(scales, self.drop_path_rates, strict=True)]
 
-    def _stream(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Tensor, list[tuple[int, int]]]:
-        """Crops of several resolutions -> one token stream [T, D] before the first block, and its groups."""
-        sequences = [self._assemble(images, mask) for images, mask in zip(crops, masks, strict=True)]
-        groups = [(tokens.shape[0], tokens.shape[1]) for tokens in sequences]
-        return torch.cat([tokens.flatten(0, 1) for tokens in sequences]), groups
+    def _assemble(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Stream, Groups]:
+        """Crops of several resolutions -> the stream before the first block, and its groups."""
+        if self.masked_embed is None and any(mask is not None for mask in masks):
+            raise ConfigError("Masks were given to a backbone without a mask token: build it with masked_embed=True.")
+        grids = [self._grid_of(images.shape[2], images.shape[3]) for images in crops]
+        tokens = assemble_tokens(
+            [self.patch_embed(images) for images in crops],
+            masks,
+            None if self.masked_embed is None else self.masked_embed[0],
+            self.cls_token[0, 0],
+            [self.position_table(grid)[0] for grid in grids],
+        )
+        return Stream(tokens), [(len(images), 1 + h * w) for images, (h, w) in zip(crops, grids, strict=True)]
+
+    def _run(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Stream, Groups]:
+        """Crops of several resolutions through all blocks: the stream before the final norm, and its groups."""
+        stream, groups = self._assemble(crops, masks)
+        for block, scales in zip(self.blocks, self._drop_path_scales(groups, stream.tokens.device), strict=True):
+            stream = block(stream, groups, scales)
+        return stream, groups
 
     def forward_packed(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> list[Tensor]:
         """Crops of several resolutions through the blocks as one token stream.
@@ -255,11 +283,24 @@ class VisionTransformer(nn.Module):
         Returns:
             Tokens [B_i, 1 + N_i, D] per resolution after the final norm, equal to separate forwards.
         """
-        stream, groups = self._stream(crops, masks)
-        for block, scales in zip(self.blocks, self._drop_path_scales(groups, stream.device), strict=True):
-            stream = block(stream, groups, scales)
-        parts = self.norm(stream).split([count * length for count, length in groups])
+        stream, groups = self._run(crops, masks)
+        tokens = stream.norm(self.norm)[1]
+        parts = torch.split(tokens, [count * length for count, length in groups])  # type: ignore[no-untyped-call]
         return [part.view(count, length, -1) for part, (count, length) in zip(parts, groups, strict=True)]
+
+    def forward_rows(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None], rows: Tensor) -> Tensor:
+        """Some tokens of the packed stream; the final norm is computed for no others.
+
+        Args:
+            crops: as in `forward_packed`.
+            masks: as in `forward_packed`.
+            rows: [R] int64, distinct positions in the stream (`cls_rows` and `patch_rows` count them).
+
+        Returns:
+            [R, D] after the final norm, in the order of `rows`.
+        """
+        stream, _ = self._run(crops, masks)
+        return stream.norm_rows(self.norm, rows)
 
     def forward(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
         """Images [B, 3, H, W], optional masks [B, N] bool -> tokens [B, 1 + N, D] after the final norm, CLS first."""
@@ -267,28 +308,51 @@ class VisionTransformer(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """CLS token [B, D] after the final norm."""
-        return self.forward(images)[:, 0]
+        groups = [(len(images), 1 + self.patches_of(images))]
+        return self.forward_rows([images], [None], cls_rows(groups, images.device))
 
     def intermediate(self, images: Tensor, n: int = 1) -> list[Tensor]:
         """Tokens [B, 1 + N, D] after the final norm of each of the last `n` blocks, in block order."""
         if not 1 <= n <= self.depth:
             raise ConfigError(f"n={n} blocks were asked for; this model has {self.depth}. Choose 1 to {self.depth}.")
-        stream, groups = self._stream([images], [None])
+        stream, groups = self._assemble([images], [None])
         outputs = []
         for index, block in enumerate(self.blocks):
             stream = block(stream, groups)
             if index >= self.depth - n:
-                outputs.append(self.norm(stream).view(*groups[0], -1))
+                outputs.append(stream.norm(self.norm)[1].view(*groups[0], -1))
         return outputs
 
     def last_attention(self, images: Tensor) -> Tensor:
         """Softmaxed attention of the last block [B, heads, 1 + N, 1 + N] float32, rows are queries."""
-        stream, groups = self._stream([images], [None])
+        stream, groups = self._assemble([images], [None])
         for block in self.blocks[:-1]:
             stream = block(stream, groups)
         last = self.blocks[-1]
         assert isinstance(last, Block)
-        return last.attn.weights(last.norm1(stream), len(images))
+        return last.attn.weights(stream.norm(last.norm1)[1], len(images))
+
+
+def cls_rows(groups: Groups, device: torch.device) -> Tensor:
+    """Positions [S] int64 of the CLS tokens of all sequences in a packed stream, in stream order."""
+    starts, rows = 0, []
+    for count, length in groups:
+        rows.append(torch.arange(starts, starts + count * length, length, device=device))
+        starts += count * length
+    return torch.cat(rows)
+
+
+def patch_rows(indices: Tensor, patches: int) -> Tensor:
+    """Positions in a packed stream of patches of its first group.
+
+    Args:
+        indices: [M] int64, flat over crops * patches.
+        patches: N, patches of a crop.
+
+    Returns:
+        [M] int64: the CLS token of every crop is skipped.
+    """
+    return indices + torch.div(indices, patches, rounding_mode="floor") + 1
 
 
 ARCHITECTURES: dict[str, tuple[int, int, int]] = {

@@ -1,9 +1,21 @@
-"""Parameter groups, schedules per step, gradient clipping."""
+"""Parameter groups, schedules per step, gradient clipping, and the step of optimiser and teacher."""
 
 from __future__ import annotations
 
-from personvit.optim.clip import clip_gradients
+from personvit.optim.adamw_ema import AdamWEma, trained_parameters
+from personvit.optim.clip import clip_coefficients, clip_gradients
+from personvit.optim.ema import ema_update
 from personvit.optim.param_groups import param_groups
 from personvit.optim.schedules import Schedules, build_schedules, cosine_schedule
 
-__all__ = ["Schedules", "build_schedules", "clip_gradients", "cosine_schedule", "param_groups"]
+__all__ = [
+    "AdamWEma",
+    "Schedules",
+    "build_schedules",
+    "clip_coefficients",
+    "clip_gradients",
+    "cosine_schedule",
+    "ema_update",
+    "param_groups",
+    "trained_parameters",
+]

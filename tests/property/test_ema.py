@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from personvit.models.ssl import ema_update
+from personvit.optim import ema_update
 
 momenta = st.floats(0, 1)
 

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from personvit.config import CropsConfig, HeadConfig, ModelConfig, PretrainConfig
 from personvit.models import StudentTeacher, save_backbone
-from personvit.models.ssl import gather_patches
 
 IMAGES, LOCALS = 3, 2
 
@@ -83,18 +82,6 @@ def test_outputs_equal_the_dense_published_order(shared):
         torch.testing.assert_close(getattr(outputs, name), value, rtol=1e-9, atol=1e-11, msg=name)
 
 
-def test_gradient_of_gathered_patches_equals_dense():
-    tokens = torch.randn(4, 9, 6, dtype=torch.float64, requires_grad=True)
-    mask = torch.rand(4, 8) < 0.4
-    weight = torch.randn(int(mask.sum()), 6, dtype=torch.float64)
-    gathered = gather_patches(tokens, mask.flatten().nonzero().squeeze(1))
-    dense = tokens[:, 1:][mask]
-    assert torch.equal(gathered, dense)
-    (ours,) = torch.autograd.grad((gathered * weight).sum(), tokens, retain_graph=True)
-    (theirs,) = torch.autograd.grad((dense * weight).sum(), tokens)
-    assert torch.equal(ours, theirs)
-
-
 @pytest.mark.parametrize("local", [True, False])
 @pytest.mark.parametrize("ratio", [0.0, 0.5])
 def test_every_student_parameter_gets_a_gradient(local, ratio):
@@ -136,22 +123,16 @@ class _Wrapper(torch.nn.Module):
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_update_moves_every_teacher_parameter(wrapped):
+def test_every_teacher_tensor_has_its_student(wrapped):
     model = _shaken(StudentTeacher(_config(shared=False)))
-    before = {name: value.detach().clone() for name, value in model.teacher.named_parameters()}
-    student = {name: value.detach().clone() for name, value in model.student.named_parameters()}
+    students = dict(model.student.named_parameters())
     if wrapped:
         model.student = _Wrapper(model.student)
-    model.update_teacher(0.75)
-    for name, value in model.teacher.named_parameters():
-        torch.testing.assert_close(value.detach(), 0.75 * before[name] + 0.25 * student[name])
-        assert not torch.equal(value, before[name])
-
-
-def test_update_keeps_a_frozen_norm():
-    model = StudentTeacher(_config(norm_last_layer=True))
-    model.update_teacher(0.9)
-    assert torch.equal(model.teacher.head.last_layer.weight_g, torch.ones(24, 1))
+    pairs = model.teacher_of()
+    averages = dict(model.teacher.named_parameters())
+    assert {id(average) for average in pairs.values()} == {id(average) for average in averages.values()}
+    assert all(pairs[students[name]] is average for name, average in averages.items())
+    assert students["backbone.masked_embed"] not in pairs
 
 
 def test_initial_weights_reach_student_and_teacher(tmp_path):

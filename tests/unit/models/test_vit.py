@@ -6,12 +6,16 @@ import torch.nn.functional as F
 
 from personvit.errors import ConfigError
 from personvit.models import VisionTransformer, build_vit, vit_base, vit_micro, vit_small
-from personvit.models.vit import position_resize_matrix
+from personvit.models.vit import Stream, cls_rows, patch_rows, position_resize_matrix
 
 
 def _tiny(**overrides) -> VisionTransformer:
     settings = {"img_size": (64, 32), "embed_dim": 32, "depth": 3, "num_heads": 2, **overrides}
     return VisionTransformer(**settings)
+
+
+def _added(stream: Stream) -> torch.Tensor:
+    return stream.norm(torch.nn.LayerNorm(stream.tokens.shape[1]))[0]
 
 
 def _crops(*sizes):
@@ -58,6 +62,29 @@ def test_packed_gradients_equal_those_of_separate_forwards():
     separate = gradients([model(crop, mask) for crop, mask in zip(crops, masks, strict=True)])
     for name, gradient in packed.items():
         torch.testing.assert_close(gradient, separate[name], rtol=1e-9, atol=1e-10, msg=name)
+
+
+def test_chosen_rows_equal_those_of_the_whole_and_so_do_gradients():
+    model = _tiny(masked_embed=True).double().eval()
+    torch.nn.init.normal_(model.masked_embed)
+    crops = [crop.double() for crop in _crops((2, 64, 32), (4, 32, 16))]
+    masks = [torch.rand(2, 8) < 0.5, None]
+    chosen = masks[0].flatten().nonzero().squeeze(1)
+    rows = torch.cat([cls_rows([(2, 9), (4, 3)], chosen.device), patch_rows(chosen, 8)])
+    whole = [part.flatten(0, 1) for part in model.forward_packed(crops, masks)]
+    part = model.forward_rows(crops, masks, rows)
+    torch.testing.assert_close(part, torch.cat(whole)[rows], rtol=1e-12, atol=1e-12)
+    weight = torch.randn_like(part)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    ours = torch.autograd.grad((part * weight).sum(), parameters)
+    theirs = torch.autograd.grad((torch.cat(whole)[rows] * weight).sum(), parameters)
+    for name, mine, other in zip(names, ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-10, msg=name)
+
+
+def test_rows_skip_the_cls_tokens():
+    assert cls_rows([(2, 5), (0, 7), (3, 2)], torch.device("cpu")).tolist() == [0, 5, 10, 12, 14]
+    assert patch_rows(torch.tensor([0, 3, 4, 7]), 4).tolist() == [1, 4, 6, 9]
 
 
 def test_sequences_do_not_see_each_other():
@@ -124,7 +151,7 @@ def test_drop_path_drops_whole_branches_and_keeps_the_mean():
     scales = model._drop_path_scales(groups, torch.device("cpu"))
     assert scales[0] is None  # the first block never drops
     for scale, rate in zip(scales[1:], (0.25, 0.5), strict=True):
-        assert scale.shape == (2, 8000, 1)
+        assert scale.shape == (2, 8000)
         long, short = scale[:, :6000].view(2, 2000, 3), scale[:, 6000:].view(2, 1000, 2)
         for part in (long, short):  # one draw per sequence
             assert torch.equal(part, part[:, :, :1].expand_as(part))
@@ -137,10 +164,10 @@ def test_drop_path_drops_whole_branches_and_keeps_the_mean():
 def test_dropped_sequence_passes_the_block_unchanged():
     model = _tiny(depth=1)
     tokens, groups = torch.randn(2 * 5, 32), [(2, 5)]
-    scales = torch.tensor([0.0, 1.0]).repeat_interleave(5).view(1, -1, 1).expand(2, -1, -1)
-    mixed = model.blocks[0](tokens, groups, scales)
+    scales = torch.tensor([0.0, 1.0]).repeat_interleave(5).expand(2, -1)
+    mixed = _added(model.blocks[0](Stream(tokens), groups, scales))
     assert torch.equal(mixed[:5], tokens[:5])
-    torch.testing.assert_close(mixed[5:], model.blocks[0](tokens, groups)[5:])
+    torch.testing.assert_close(mixed[5:], _added(model.blocks[0](Stream(tokens), groups))[5:])
 
 
 def test_attention_and_mlp_branch_have_their_own_scale():
@@ -148,7 +175,7 @@ def test_attention_and_mlp_branch_have_their_own_scale():
     tokens, factors = torch.randn(5, 32), torch.tensor([3.0, 5.0])
     attended = tokens + 3 * block.attn(block.norm1(tokens), groups)
     expected = attended + 5 * block.mlp(block.norm2(attended))
-    torch.testing.assert_close(block(tokens, groups, factors.view(2, 1, 1).expand(2, 5, 1)), expected)
+    torch.testing.assert_close(_added(block(Stream(tokens), groups, factors.view(2, 1).expand(2, 5))), expected)
 
 
 def test_evaluation_mode_is_deterministic_and_training_mode_is_not():

@@ -1,0 +1,149 @@
+"""What kernels over whole rows of tokens share: tiles, the arithmetic of LayerNorm, sums in a fixed order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from personvit.kernels import inputs
+from personvit.kernels.aot import Build
+from torch import Tensor
+
+MAX_WIDTH = 2048
+TILE = 2048
+"""Elements of a tile: 16 in each thread of four warps, whatever the width."""
+WARPS = 4
+FORWARD_REGISTERS = 72
+BACKWARD_REGISTERS = 128
+"""Budgets a thread: seven and four programs fit on a multiprocessor."""
+SHARED = 4096
+"""Budget of shared memory in bytes: reductions across warps, changes of layout."""
+PROGRAMS = 528
+"""Programs of a backward, at most: four for each of the 132 multiprocessors of an H100, the same on every GPU."""
+TALL = (128, 16)
+"""Tile (partials, columns) of `sum_partials` where many partials are narrow."""
+WIDE = (16, 128)
+"""... and where few partials are wide."""
+WIDE_FROM = 4096
+
+
+@triton.jit
+def statistics(x, inside, eps, WIDTH: tl.constexpr):
+    """Mean and 1 / sqrt(variance + eps) of the rows of x [ROWS, BLOCK], which is 0 in columns outside."""
+    mean = tl.sum(x, 1) / WIDTH
+    centred = tl.where(inside, x - mean[:, None], 0.0)
+    return mean, tl.rsqrt(tl.sum(centred * centred, 1) / WIDTH + eps)
+
+
+@triton.jit
+def pull_back(slope, x_hat, rstd, WIDTH: tl.constexpr):
+    """Gradient of the rows before the norm, from `slope`: that of the normalised rows x_hat. Both 0 outside."""
+    along_one = tl.sum(slope, 1) / WIDTH
+    along_x = tl.sum(slope * x_hat, 1) / WIDTH
+    return rstd[:, None] * (slope - along_one[:, None] - x_hat * along_x[:, None])
+
+
+@triton.jit(do_not_specialize=["count"])
+def _sum_partials(partials, out, count, WIDTH: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr):
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    wide = columns < WIDTH
+    kind = tl.program_id(1).to(tl.int64)
+    total = tl.zeros([PARTS, COLUMNS], tl.float32)
+    for start in range(0, count, PARTS):
+        parts = start + tl.arange(0, PARTS)
+        offsets = (kind * count + parts)[:, None] * WIDTH + columns[None, :]
+        total += tl.load(partials + offsets, mask=(parts < count)[:, None] & wide[None, :], other=0.0)
+    tl.store(out + kind * WIDTH + columns, tl.sum(total, 0), mask=wide)
+
+
+def sum_partials(partials: Tensor) -> Tensor:
+    """Sum over the second axis in an order that the shape alone decides.
+
+    Args:
+        partials: [K, P, M] float32, contiguous.
+
+    Returns:
+        [K, M] float32.
+    """
+    kinds, count, width = partials.shape
+    if not partials.numel():
+        return torch.zeros(kinds, width, device=partials.device)
+    out = torch.empty(kinds, width, device=partials.device)
+    parts, columns = WIDE if width >= WIDE_FROM else TALL
+    with torch.cuda.device_of(partials):
+        _sum_partials[(triton.cdiv(width, columns), kinds)](
+            partials, out, count, WIDTH=width, PARTS=parts, COLUMNS=columns, num_warps=WARPS, num_stages=1
+        )
+    return out
+
+
+def tile_of(width: int) -> dict[str, int]:
+    """Constants of a kernel over whole rows of some width."""
+    block = max(16, triton.next_power_of_2(width))
+    return {"WIDTH": width, "BLOCK": block, "ROWS": max(1, TILE // block)}
+
+
+def programs_of(count: int, tile: dict[str, int]) -> tuple[int, int]:
+    """Programs of a backward over `count` rows, and the tiles that each of them takes."""
+    tiles = triton.cdiv(count, tile["ROWS"])
+    programs = min(PROGRAMS, tiles)
+    return programs, triton.cdiv(tiles, programs)
+
+
+def refuses(
+    tokens: Tensor, branch: Tensor | None, scale: Tensor | None, dtype: torch.dtype, **vectors: Tensor | None
+) -> inputs.Obstacle | None:
+    """What both operators ask: whole rows, `scale` a float32 a row, `vectors` a value a column; all on one device."""
+    given = {"tokens": tokens, "branch": branch, **vectors}
+    tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
+    for name, tensor in tensors.items():
+        obstacle = inputs.layout(name, tensor)
+        if obstacle is not None:
+            return obstacle
+    if tokens.dim() != 2 or not 1 <= tokens.shape[1] <= MAX_WIDTH:
+        return f"tokens of shape {list(tokens.shape)}: [T, D], D from 1 to {MAX_WIDTH}", "kernels.backend=auto"
+    if branch is not None and branch.shape != tokens.shape:
+        return f"branch of shape {list(branch.shape)}, tokens {list(tokens.shape)}", "pass equal shapes"
+    for name, tensor in vectors.items():
+        if tensor is not None and tensor.shape != tokens.shape[1:]:
+            return f"{name} of shape {list(tensor.shape)}, tokens are {tokens.shape[1]} wide", f"{name}.flatten()"
+    if scale is not None:
+        if branch is None:
+            return "scale multiplies a branch, and there is none", "pass scale=None"
+        # A view of the factors of all blocks, which starts anywhere: no alignment is asked of it.
+        if scale.dtype != torch.float32 or not scale.is_contiguous() or scale.shape != tokens.shape[:1]:
+            seen = f"scale {list(scale.shape)} {scale.dtype} with strides {list(scale.stride())}"
+            return seen, f"contiguous [{tokens.shape[0]}] float32"
+        tensors["scale"] = scale
+    if dtype not in inputs.FLOATS:
+        return f"{dtype} was asked for, the kernel writes {', '.join(map(str, inputs.FLOATS))}", "one of these"
+    if len({tensor.device for tensor in tensors.values()}) > 1:
+        return "tensors on several devices", "move all to one with .to()"
+    return None
+
+
+def row_build(name: str, kernel: Any, signature: dict[str, str], width: int, registers: int, absent: str = "") -> Build:
+    """A configuration of a kernel over whole rows; arguments named in `absent` are None."""
+    present = {argument: kind for argument, kind in signature.items() if argument not in absent.split()}
+    constexprs = {**tile_of(width), **dict.fromkeys(absent.split())}
+    return Build(name, kernel, present, constexprs, WARPS, 1, registers, SHARED)
+
+
+def sum_builds() -> list[Build]:
+    """Both tiles of `sum_partials`."""
+    signature = {"partials": "*fp32", "out": "*fp32", "count": "i32"}
+    return [
+        Build(
+            f"norm and assemble sum {parts}x{columns}",
+            _sum_partials,
+            signature,
+            {"WIDTH": width, "PARTS": parts, "COLUMNS": columns},
+            WARPS,
+            1,
+            registers=64,
+            shared=8192,
+        )
+        for width, (parts, columns) in ((384, TALL), (129 * 384, WIDE))
+    ]

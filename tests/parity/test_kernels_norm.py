@@ -1,0 +1,274 @@
+"""The Triton kernels of the norms in the interpreter, against a float64 oracle and plain torch in the same types."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from personvit.kernels import gather, norm, rows
+from torch import Tensor
+
+from personvit.errors import UnsupportedInputError
+from personvit.ops import norm as reference
+
+if torch.cuda.is_available():
+    pytest.skip("kernels are compiled here, tests/gpu compares them", allow_module_level=True)
+
+EPS = 1e-6
+KINDS = {
+    # types of stream, branch and result, parameters
+    "fp32": (torch.float32, torch.float32, torch.float32),
+    "fp16": (torch.float16, torch.float16, torch.float16),
+    "fp16 under an fp32 stream": (torch.float32, torch.float16, torch.float32),
+}
+TERMS = ["scale gamma", "scale", "gamma", "branch", ""]
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that nobody writes shows up as NaN, and few programs take several tiles each."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def fill(tensor: Tensor) -> Tensor:
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: fill(empty(*args, **kwargs)))
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: fill(empty_like(*args, **kwargs)))
+    monkeypatch.setattr(rows, "PROGRAMS", 3)
+
+
+def compare(function: Callable[..., Any], plain: Callable[..., Any], *arguments: Any) -> None:
+    """Results and gradients of `function` err at most twice as much as those of `plain`."""
+    names, ours = run(function, arguments)
+    _, theirs = run(plain, arguments)
+    # The last argument is the type of the result.
+    wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments[:-1]]
+    _, exact = run(plain, (*wide, torch.float64), like=ours)
+    for name, mine, other, truth in zip(names, ours, theirs, exact, strict=True):
+        assert mine.dtype == other.dtype, name
+        assert mine.shape == truth.shape, name
+        # Where plain torch happens to be exact, one rounding of the result is still allowed.
+        allowed = 2 * (other.double() - truth).norm() + torch.finfo(mine.dtype).eps * truth.norm() / 4
+        assert (mine.double() - truth).norm() <= allowed, name
+
+
+def run(
+    function: Callable[..., Any], arguments: tuple[Any, ...], like: list[Tensor] | None = None
+) -> tuple[list[str], list[Tensor]]:
+    """Results, then gradients of all floating tensors but scale, of a sum with fixed weights."""
+    given = [
+        a.detach().requires_grad_(i != 2) if isinstance(a, Tensor) and a.is_floating_point() else a
+        for i, a in enumerate(arguments)
+    ]
+    outs = function(*given)
+    outs = list(outs) if isinstance(outs, tuple) else [outs]
+    generator = torch.Generator().manual_seed(3)
+    weights = [torch.randn(out.shape, generator=generator) for out in outs]
+    # The weights as they are rounded in the precision under test, for the oracle too.
+    types = [out.dtype for out in (like or outs)[: len(outs)]]
+    grads = [w.to(kind).to(out.dtype) for w, kind, out in zip(weights, types, outs, strict=True)]
+    inputs = [a for a in given if isinstance(a, Tensor) and a.requires_grad]
+    names = [f"output {i}" for i in range(len(outs))] + [f"gradient {i}" for i in range(len(inputs))]
+    return names, [*(out.detach() for out in outs), *torch.autograd.grad(outs, inputs, grads)]
+
+
+def parameters(width: int, kind: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(width).to(kind), (1 + 0.3 * torch.randn(width)).to(kind), torch.randn(width).to(kind)
+
+
+def add_arguments(count: int, width: int, kind: str, terms: str) -> tuple[Any, ...]:
+    stream, low, vectors = KINDS[kind]
+    gamma, weight, bias = parameters(width, vectors)
+    tokens = (2 * torch.randn(count, width) + 0.5).to(stream)
+    branch = torch.randn(count, width).to(low) if terms else None
+    scale = (torch.rand(count) < 0.8).float() / 0.8 if "scale" in terms else None
+    return tokens, branch, scale, gamma if "gamma" in terms else None, weight, bias, EPS, low
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("count", "width"), [(70, 32), (40, 128), (20, 192), (19, 384), (9, 768), (1, 1024), (8, 33)])
+def test_add_layer_norm(count: int, width: int, kind: str) -> None:
+    compare(norm.add_layer_norm, reference._reference_add, *add_arguments(count, width, kind, "scale gamma"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("terms", TERMS)
+def test_add_layer_norm_with_fewer_terms(terms: str, kind: str) -> None:
+    compare(norm.add_layer_norm, reference._reference_add, *add_arguments(11, 384, kind, terms))
+
+
+def gather_arguments(count: int, width: int, kind: str, terms: str, chosen: list[int]) -> tuple[Any, ...]:
+    tokens, branch, scale, _, *vectors = add_arguments(count, width, kind, terms)
+    return tokens, branch, scale, torch.tensor(chosen, dtype=torch.int64), *vectors
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("count", "width"), [(70, 32), (40, 128), (20, 192), (19, 384), (9, 768), (1, 1024), (8, 33)])
+def test_gather_layer_norm(count: int, width: int, kind: str) -> None:
+    chosen = torch.randperm(count)[: (count + 1) // 2].tolist()
+    compare(
+        gather.gather_layer_norm, reference._reference_gather, *gather_arguments(count, width, kind, "scale", chosen)
+    )
+
+
+@pytest.mark.parametrize("terms", ["scale", "branch", ""])
+@pytest.mark.parametrize("chosen", [[], [6], [3, 0, 6, 1, 5, 2, 4]], ids=["none", "one", "all"])
+def test_gather_layer_norm_of_no_one_and_all_rows(chosen: list[int], terms: str) -> None:
+    kind = "fp16 under an fp32 stream" if len(chosen) == 1 else "fp32"
+    compare(gather.gather_layer_norm, reference._reference_gather, *gather_arguments(7, 192, kind, terms, chosen))
+
+
+def test_rows_that_are_not_chosen_are_not_read() -> None:
+    arguments = gather_arguments(9, 48, "fp32", "scale", [4, 2])
+    _, clean = run(norm.gather_layer_norm, arguments)
+    for tensor in arguments[:3]:
+        tensor[[0, 1, 3, 5, 6, 7, 8]] = float("nan")
+    _, dirty = run(norm.gather_layer_norm, arguments)
+    assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
+
+
+def test_rows_that_do_not_exist_are_seen_and_harm_nothing() -> None:
+    arguments = list(gather_arguments(9, 48, "fp32", "scale", [4, 2]))
+    _, expected = run(norm.gather_layer_norm, tuple(arguments))
+    arguments[3] = torch.tensor([4, 2, 9, -1, 1 << 40])
+    names, found = run(norm.gather_layer_norm, tuple(arguments))
+    assert found[0][2:].isnan().all()
+    assert torch.equal(found[0][:2], expected[0])
+    # The weights of the loss are those of two rows and then more, so all gradients must agree.
+    for name, a, b in zip(names[1:], found[1:], expected[1:], strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_no_tokens() -> None:
+    for terms in TERMS:
+        _, found = run(norm.add_layer_norm, add_arguments(0, 32, "fp32", terms))
+        assert found[1].shape == (0, 32)
+        assert all(not gradient.any() for gradient in found[2:])
+    _, found = run(norm.gather_layer_norm, gather_arguments(0, 32, "fp32", "scale", []))
+    assert found[0].shape == (0, 32)
+    assert all(not gradient.any() for gradient in found[1:])
+
+
+def test_the_stream_without_a_branch_is_the_tokens() -> None:
+    tokens, *others = add_arguments(3, 32, "fp32", "")
+    assert norm.add_layer_norm(tokens, *others)[0] is tokens
+
+
+@pytest.mark.parametrize("which", ["stream", "normed"])
+def test_gradient_of_one_result(which: str) -> None:
+    def one(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments: function(*arguments)[which == "normed"]
+
+    arguments = add_arguments(5, 48, "fp32", "gamma")
+    if which == "normed":
+        compare(one(norm.add_layer_norm), one(reference._reference_add), *arguments)
+        return
+    tokens, branch, gamma = (arguments[i].requires_grad_() for i in (0, 1, 3))
+    stream = norm.add_layer_norm(*arguments)[0]
+    found = torch.autograd.grad(stream.sum(), (tokens, branch, gamma))
+    expected = torch.ones_like(tokens), gamma.expand_as(branch), branch.sum(0)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(("count", "width"), [(300, 40), (1, 16), (0, 16), (40, 4100)])
+def test_sum_partials(count: int, width: int) -> None:
+    partials = torch.randn(2, count, width)
+    torch.testing.assert_close(rows.sum_partials(partials), partials.sum(1), rtol=1e-5, atol=1e-5)
+
+
+def test_scale_may_start_anywhere() -> None:
+    arguments = list(add_arguments(11, 48, "fp32", "scale"))
+    arguments[2] = torch.rand(4, 11)[1]  # 44 bytes into its memory
+    compare(norm.add_layer_norm, reference._reference_add, *arguments)
+
+
+def test_two_runs_agree_in_every_bit() -> None:
+    for function, arguments in (
+        (norm.add_layer_norm, add_arguments(70, 128, "fp16 under an fp32 stream", "scale gamma")),
+        (norm.gather_layer_norm, gather_arguments(70, 128, "fp16 under an fp32 stream", "scale", [*range(0, 70, 3)])),
+    ):
+        (_, first), (_, second) = run(function, arguments), run(function, arguments)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("count", [5, 0])
+@pytest.mark.parametrize("terms", ["scale gamma", "branch", ""])
+def test_opcheck_add_layer_norm(count: int, terms: str) -> None:
+    arguments = [
+        a.requires_grad_(i != 2) if isinstance(a, Tensor) else a
+        for i, a in enumerate(add_arguments(count, 32, "fp32", terms))
+    ]
+    torch.library.opcheck(torch.ops.personvit.add_layer_norm.default, arguments)
+
+
+@pytest.mark.parametrize("chosen", [[3, 0], []])
+@pytest.mark.parametrize("terms", ["scale", ""])
+def test_opcheck_gather_layer_norm(chosen: list[int], terms: str) -> None:
+    arguments = [
+        a.requires_grad_(i not in (2, 3)) if isinstance(a, Tensor) else a
+        for i, a in enumerate(gather_arguments(5, 32, "fp32", terms, chosen))
+    ]
+    torch.library.opcheck(torch.ops.personvit.gather_layer_norm.default, arguments)
+
+
+def test_opcheck_backward() -> None:
+    wide, tall, vector = torch.randn(5, 32), torch.rand(5), torch.randn(32)
+    operators = torch.ops.personvit
+    add = (wide, wide, wide, wide, tall, vector, vector, tall, tall, torch.float16)
+    torch.library.opcheck(operators.add_layer_norm_backward.default, add)
+    chosen = torch.tensor([7, 0, 2, 1, 8])
+    picked = (wide, wide, chosen, None, vector, tall, tall, 9, None)
+    torch.library.opcheck(operators.gather_layer_norm_backward.default, picked)
+
+
+def spoil(arguments: tuple[Any, ...], place: int, value: Any) -> list[Any]:
+    return [value if i == place else a for i, a in enumerate(arguments)]
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (0, torch.randn(32, 6).t(), "strides"),
+        (0, torch.randn(6, 32, dtype=torch.float64), "float64"),
+        (0, torch.randn(6, 32, device="meta"), "on meta"),
+        (4, torch.randn(32, device="meta"), "on meta"),
+        (0, torch.randn(2, 3, 32), r"\[2, 3, 32\]"),
+        (0, torch.randn(6, 4000), "D from 1 to"),
+        (1, torch.randn(5, 32), r"branch of shape \[5, 32\]"),
+        (1, None, "there is none"),
+        (2, torch.rand(5), r"scale \[5\]"),
+        (2, torch.rand(6).half(), r"scale \[6\] torch.float16"),
+        (2, torch.rand(12)[::2], r"strides \[2\]"),
+        (2, torch.rand(6, device="meta"), "several devices"),
+        (3, torch.randn(31), r"gamma of shape \[31\]"),
+        (4, torch.randn(1), r"weight of shape \[1\]"),
+        (7, torch.float64, "float64 was asked for"),
+    ],
+)
+def test_what_the_kernel_cannot_do_is_said(place: int, value: Any, message: str) -> None:
+    arguments = spoil(add_arguments(6, 32, "fp32", "scale gamma"), place, value)
+    reason, remedy = norm.refuses_add_layer_norm(*arguments)
+    assert re.search(message, reason)
+    assert remedy
+    if not any(isinstance(a, Tensor) and a.is_meta for a in arguments):  # those find only shapes
+        with pytest.raises(UnsupportedInputError, match=message):
+            norm.add_layer_norm(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.tensor([1, 2], dtype=torch.int32), "int32"),
+        (torch.tensor([[1, 2]]), "a list of rows"),
+        (torch.arange(6)[::2], "strides"),
+    ],
+)
+def test_rows_that_the_kernel_cannot_read(value: Tensor, message: str) -> None:
+    arguments = spoil(gather_arguments(6, 32, "fp32", "scale", [1]), 3, value)
+    assert norm.refuses_gather_layer_norm(*arguments) is not None
+    with pytest.raises(UnsupportedInputError, match=message):
+        norm.gather_layer_norm(*arguments)
