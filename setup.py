@@ -55,20 +55,26 @@ class CMakeBuild(build_ext):
         folder = ROOT / "build" / f"cmake-{hashlib.sha256(repr(paths).encode()).hexdigest()[:10]}"
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            built = self._run_cmake(folder)
-            targets = {Path(self.get_ext_fullpath(ext.name)).resolve().parent}
-            if self.inplace or self.editable_mode:
-                targets.add(ROOT / "personvit")  # setuptools itself copies back only the declared file
-            for target in targets:
-                target.mkdir(parents=True, exist_ok=True)
-                (target / "_C_cuda.so").unlink(missing_ok=True)  # may be left from a build with CUDA
-                for module in built:
-                    # Not written over in place: a process that has the old one loaded keeps it.
-                    (target / module.name).unlink(missing_ok=True)
-                    shutil.copy2(module, target / module.name)
+            self._install(self._run_cmake(folder), self._built_folder(ext))
         finally:
             if _is_isolated():
                 shutil.rmtree(folder, ignore_errors=True)
+
+    def copy_extensions_to_source(self) -> None:
+        """For an editable or in-place build; setuptools itself would copy the declared module only."""
+        for ext in self.extensions:
+            self._install(sorted(self._built_folder(ext).glob("_C*.so")), ROOT / "personvit")
+
+    def _built_folder(self, ext: Extension) -> Path:
+        return Path(self.build_lib).resolve().joinpath(*ext.name.split(".")[:-1])
+
+    def _install(self, modules: list[Path], target: Path) -> None:
+        target.mkdir(parents=True, exist_ok=True)
+        (target / "_C_cuda.so").unlink(missing_ok=True)  # may be left from a build with CUDA
+        for module in modules:
+            # Not written over in place: a process that has the old one loaded keeps it.
+            (target / module.name).unlink(missing_ok=True)
+            shutil.copy2(module, target / module.name)
 
     def _run_cmake(self, folder: Path) -> list[Path]:
         cmake = _tool("cmake")

@@ -129,7 +129,6 @@ class PretrainStep:
         loss_patch = self.patch_loss(
             outputs.student_patch, outputs.teacher_patch, batch.mask_weights, crops, self.patch_temp(step)
         )
-        self.dino_loss.accumulate(outputs.teacher_cls)
         self.patch_loss.accumulate(outputs.teacher_patch_mean, crops)
         return self.cfg.loss.lambda_cls * loss_cls + self.cfg.loss.lambda_patch * loss_patch, loss_cls, loss_patch
 

@@ -41,9 +41,6 @@ def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> T
     facebookresearch/dinov2, dinov2/loss/dino_clstoken_loss.py (after SwAV, arXiv 2006.09882): alternately scale the
     prototypes to equal mass and the samples to mass 1.
 
-    The published code multiplies exp(logits / temperature) up and down, which overflows or leaves a prototype without
-    mass for sharp logits; in the log domain the same steps stay finite.
-
     Args:
         logits: [M, K] teacher logits of this rank; M may be 0 and may differ between ranks.
         temperature: softmax temperature.
@@ -52,11 +49,32 @@ def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> T
     Returns:
         [M, K] float32.
     """
-    log_mass = logits.float() / temperature
-    for _ in range(iterations):
-        log_mass = log_mass - _logsumexp_over_ranks(log_mass.logsumexp(dim=0))
-        log_mass = log_mass.log_softmax(dim=1)
-    return log_mass.exp()
+    return ((logits.float() - sinkhorn_offset(logits, temperature, iterations)) / temperature).softmax(dim=-1)
+
+
+@torch.no_grad()
+def sinkhorn_offset(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
+    """What Sinkhorn-Knopp takes from the logits: its targets are softmax((logits - offset) / temperature).
+
+    Each iteration divides the columns by their mass, then the rows by theirs. In the log domain these are terms that
+    are subtracted, and a softmax over rows does not see the rows' terms: the columns' terms, added up, are all that is
+    left. The published code multiplies exp(logits / temperature) up and down, which overflows or leaves a prototype
+    without mass for sharp logits; here the same steps stay finite.
+
+    Args:
+        logits: [M, K] teacher logits of this rank; M may be 0 and may differ between ranks.
+        temperature: softmax temperature.
+        iterations: alternations.
+
+    Returns:
+        [K] float32, the same on all ranks.
+    """
+    scaled = logits.float() / temperature
+    columns = scaled.new_zeros(scaled.shape[1])
+    for iteration in range(iterations):
+        log_mass = (scaled - columns).log_softmax(dim=1) if iteration else scaled
+        columns = columns + _logsumexp_over_ranks(log_mass.logsumexp(dim=0))
+    return temperature * columns
 
 
 def _logsumexp_over_ranks(values: Tensor) -> Tensor:
@@ -69,11 +87,11 @@ def _logsumexp_over_ranks(values: Tensor) -> Tensor:
 
 
 class TeacherTargets(nn.Module):
-    """Teacher probabilities, and the moving centre of the teacher's logits.
+    """What the teacher's logits are compared against: the moving centre, or the offset of Sinkhorn-Knopp.
 
     The centre follows bytedance/ibot main_ibot.py: c <- m * c + (1 - m) * mean(raw teacher logits over all ranks),
-    after the loss that used the old c. `accumulate` only sums; `apply_centre` does the update, once per optimiser step,
-    so that n micro-batches give the centre of one large batch.
+    after the loss that used the old c. Micro-batches only add to a sum; `apply_centre` does the update, once per
+    optimiser step, so that n micro-batches give the centre of one large batch.
 
     A subclass names the buffer and gives its number of axes, of which the last has K entries.
 
@@ -109,22 +127,27 @@ class TeacherTargets(nn.Module):
         """The buffer that holds the centre."""
         return self.get_buffer(self.centre_name)
 
-    @torch.no_grad()
-    def targets(self, teacher_logits: Tensor, temperature: float) -> Tensor:
-        """Teacher probabilities [M, K] float32 of raw logits [M, K]; rows sum to 1."""
+    def offset(self, teacher_logits: Tensor, temperature: float) -> Tensor:
+        """What is taken from raw teacher logits [M, K] before their softmax, [K] float32: the centre.
+
+        With Sinkhorn-Knopp it depends on the logits of all ranks, and every rank must call it.
+        """
         if self.centering == "sinkhorn":
-            return sinkhorn_knopp(teacher_logits, temperature, self.sinkhorn_iterations)
-        return ((teacher_logits.float() - self.centre.flatten()) / temperature).softmax(dim=-1)
+            return sinkhorn_offset(teacher_logits, temperature, self.sinkhorn_iterations)
+        return self.centre.flatten()
 
     @torch.no_grad()
     def _add(self, logit_sum: Tensor, count: int) -> None:
-        entry = torch.cat([logit_sum.float().flatten(), logit_sum.new_full((1,), count, dtype=torch.float32)])
+        """Add a sum of logits [K] over `count` rows to the next centre; Sinkhorn-Knopp needs none."""
+        if self.centering == "sinkhorn":
+            return
+        entry = torch.cat([logit_sum.float(), logit_sum.new_full((1,), count, dtype=torch.float32)])
         self._pending = entry if self._pending is None else self._pending + entry
 
     @torch.no_grad()
     def apply_centre(self) -> None:
         """Move the centre by what was accumulated on all ranks since the last call; every rank must call it."""
-        if self.centering == "sinkhorn" or self._pending is None:
+        if self._pending is None:
             return
         total = all_reduce_sum(self._pending)
         self._pending = None

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 from personvit.losses.centering import TeacherTargets
+from personvit.ops import distill_cross_entropy
 
 
 class DINOLoss(TeacherTargets):
     """Cross entropy between teacher views and all other student views.
 
-    The published loss is the mean over all pairs of a teacher view q and a student view v != q (18 terms for 2 global
-    and 8 local crops). The cross entropy is linear in log-softmax, so one log-softmax per student view is enough:
-    sum over v != q of log p_v = (sum over all v) - log p_q.
+    The published loss is the mean over all pairs of a teacher view q and a student view v != q: 18 terms for 2 global
+    and 8 local crops.
 
     State dict: `center` [1, K]. Arguments: those of `TeacherTargets`.
     """
@@ -23,6 +23,8 @@ class DINOLoss(TeacherTargets):
 
     def forward(self, student_cls: Tensor, teacher_cls: Tensor, views: int, teacher_temp: float) -> Tensor:
         """Mean cross entropy over images and over pairs of different views.
+
+        Where gradients are enabled, that is in training, the teacher's logits are added to the next centre.
 
         Args:
             student_cls: [views * B, K] logits, crop-major, global crops first.
@@ -34,12 +36,10 @@ class DINOLoss(TeacherTargets):
             Scalar float32.
         """
         images = len(student_cls) // views
-        teacher_views = len(teacher_cls) // images
-        probabilities = self.targets(teacher_cls, teacher_temp).view(teacher_views, images, -1)
-        log_student = F.log_softmax(student_cls.float() / self.student_temp, dim=-1).view(views, images, -1)
-        others = log_student.sum(dim=0) - log_student[:teacher_views]  # [2, B, K]: sum of all other views
-        return -(probabilities * others).sum() / (images * teacher_views * (views - 1))
-
-    def accumulate(self, teacher_cls: Tensor) -> None:
-        """Add raw teacher logits [2B, K] of a micro-batch to the next centre."""
-        self._add(teacher_cls.detach().float().sum(dim=0), len(teacher_cls))
+        offset = self.offset(teacher_cls, teacher_temp)
+        loss, column_sum = distill_cross_entropy(
+            student_cls, teacher_cls, offset, self.student_temp, teacher_temp, images, exclude_own=True
+        )
+        if torch.is_grad_enabled():
+            self._add(column_sum, len(teacher_cls))
+        return loss / (len(teacher_cls) * (views - 1))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from personvit.losses.centering import TeacherTargets
+from personvit.ops import distill_cross_entropy
 
 
 class IBOTPatchLoss(TeacherTargets):
@@ -36,10 +36,12 @@ class IBOTPatchLoss(TeacherTargets):
         Returns:
             Scalar float32, 0 (with a gradient of 0) if nothing is masked.
         """
-        probabilities = self.targets(teacher_patch, teacher_temp)
-        log_student = F.log_softmax(student_patch.float() / self.student_temp, dim=-1)
-        per_patch = -(probabilities * log_student).sum(dim=-1)  # [M]
-        return (per_patch * mask_weights).sum() / crops
+        offset = self.offset(teacher_patch, teacher_temp)
+        images = len(student_patch)  # a patch is compared with the teacher's view of itself, and with no other
+        loss, _ = distill_cross_entropy(
+            student_patch, teacher_patch, offset, self.student_temp, teacher_temp, images, False, mask_weights
+        )
+        return loss / crops
 
     def accumulate(self, teacher_patch_mean: Tensor, crops: int) -> None:
         """Add a micro-batch to the next centre.

@@ -285,7 +285,7 @@ class VisionTransformer(nn.Module):
         """
         stream, groups = self._run(crops, masks)
         tokens = stream.norm(self.norm)[1]
-        parts = torch.split(tokens, [count * length for count, length in groups])  # type: ignore[no-untyped-call]
+        parts = torch.split(tokens, [count * length for count, length in groups])
         return [part.view(count, length, -1) for part, (count, length) in zip(parts, groups, strict=True)]
 
     def forward_rows(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None], rows: Tensor) -> Tensor:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from personvit.ops import backend, reference
+from personvit.ops import backend, reference, triton_kernels
 
 
 def packed_attention(qkv: Tensor, groups: Sequence[tuple[int, int]]) -> Tensor:
@@ -56,6 +60,47 @@ def _sdpa_group(qkv: Tensor, sequences: int, length: int) -> Tensor:
     return out.transpose(1, 2).reshape(sequences * length, heads, features)
 
 
+def _xformers_packed(qkv: Tensor, groups: Sequence[tuple[int, int]]) -> Tensor:
+    q, k, v = qkv[None].unbind(2)  # each [1, T, H, Dh]
+    mask = _xformers_mask(tuple((sequences, length) for sequences, length in groups), qkv.device)
+    out: Tensor = _xformers_ops().memory_efficient_attention(q, k, v, attn_bias=mask)
+    return out[0]
+
+
+def _xformers_ops() -> Any:
+    # At import it warns on its logger when its own C++ part was built for another torch; the attention operators that
+    # it takes from torch work all the same.
+    logging.getLogger("xformers").setLevel(logging.ERROR)
+    import xformers.ops
+
+    return xformers.ops
+
+
+@functools.lru_cache(maxsize=32)  # it copies to the device, which no step should wait for
+def _xformers_mask(groups: tuple[tuple[int, int], ...], device: torch.device) -> Any:
+    """The block-diagonal mask of a stream."""
+    lengths = [length for sequences, length in groups for _ in range(sequences)]
+    return _xformers_ops().fmha.attn_bias.BlockDiagonalMask.from_seqlens(lengths, device=device)
+
+
+def _why_not_xformers(device: str) -> backend.Obstacle | None:
+    if device != "cuda" or not torch.cuda.is_available():
+        return f"there is no CUDA device ({device} was asked for)", "kernels.backend=auto"
+    if importlib.util.find_spec("xformers") is None:
+        return "xformers is not installed", 'pip install -e ".[gpu]"'
+    return None
+
+
+def _xformers_refuses(qkv: Tensor, groups: Sequence[tuple[int, int]]) -> backend.Obstacle | None:
+    if qkv.dtype not in (torch.float16, torch.bfloat16):
+        return f"qkv is {qkv.dtype}, its fast kernels take float16 and bfloat16", "train.precision=bf16"
+    if qkv.shape[3] % 8:
+        return f"head dimension {qkv.shape[3]} is no multiple of 8", "another number of heads"
+    if qkv.numel() == 0:
+        return "the stream is empty", "kernels.backend=auto"
+    return None
+
+
 _SDPA = "torch scaled_dot_product_attention"
 backend.register(
     backend.Operator(
@@ -63,6 +108,24 @@ backend.register(
         backend.Implementation(
             "reference", reference.packed_attention, ("cpu", "cuda"), "plain torch, a sequence at a time"
         ),
-        (backend.Implementation("sdpa", _sdpa_packed, ("cpu", "cuda"), f"{_SDPA}, one call per sequence length"),),
+        (
+            backend.Implementation(
+                "triton",
+                lambda *args: triton_kernels.attention.packed_attention(*args),
+                ("cuda",),
+                "Triton, one launch per sequence length",
+                triton_kernels.why_not,
+                lambda *args: triton_kernels.attention.refuses(*args),
+            ),
+            backend.Implementation(
+                "xformers",
+                _xformers_packed,
+                ("cuda",),
+                "xformers memory_efficient_attention, one call for the stream",
+                _why_not_xformers,
+                _xformers_refuses,
+            ),
+            backend.Implementation("sdpa", _sdpa_packed, ("cpu", "cuda"), f"{_SDPA}, one call per sequence length"),
+        ),
     )
 )

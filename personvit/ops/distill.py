@@ -88,8 +88,9 @@ def _reference(
     with torch.no_grad():
         raw = teacher.to(wide)
         column_sum = raw.sum(dim=0)
-        if images == 0:
-            return student.to(wide).sum(), column_sum
+    if images == 0:
+        return student.to(wide).sum(), column_sum
+    with torch.no_grad():
         crops = ((raw - offset) / teacher_temp).softmax(dim=-1).view(-1, images, len(offset)).unbind()  # Q of [B, K]
         all_crops = sum(crops[1:], crops[0])
     losses = []
