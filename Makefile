@@ -52,12 +52,14 @@ test: venv lint types  ## the whole CPU suite
 test-gpu: venv  ## what needs a CUDA device; a skip is a failure
 	$(PY) -m pytest --require-gpu tests/gpu
 
-bench: venv  ## every benchmark on what this machine has
+bench: venv  ## every benchmark on what this machine has; tables in docs/benchmarks.md
 	@for script in $(BENCHMARKS); do echo "== $$script"; $(PY) $$script || exit 1; done
+	@$(PY) benchmarks/tables.py
 
 bench-gpu: venv  ## every benchmark, refused without a CUDA device
 	@$(PY) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make bench-gpu: no CUDA device; see $(PY) -m personvit.env')"
 	@for script in $(BENCHMARKS); do echo "== $$script"; $(PY) $$script || exit 1; done
+	@$(PY) benchmarks/tables.py
 
 lint: venv  ## ruff and clang-format, without changing a file
 	$(VENV)/bin/ruff check .

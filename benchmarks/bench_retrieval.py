@@ -253,25 +253,27 @@ def curve(options: argparse.Namespace) -> list[dict[str, Any]]:
     print(f"\nstages of rerank 20/6/0.3, {queries:,} queries: time, and growth with the images N since the line before")
     for size in sizes:
         scale = Scale(queries, size - queries, max(10, size // 26), 6)
-        seconds = stage_seconds(generate(scale, options.seed, options.device), options.device)
+        seconds, entries = stage_seconds(generate(scale, options.seed, options.device), options.device)
         if not rows:
-            print(f"{'images':>8}" + "".join(f"{stage:>22}" for stage in seconds))
+            print(f"{'images':>8}" + "".join(f"{stage:>22}" for stage in seconds) + f"{'entries an image':>20}")
         line = f"{size:>8,}"
         for stage, value in seconds.items():
             growth = f"N^{math.log(value / before[stage]) / math.log(size / previous):.2f}" if before else ""
             line += f"{harness.seconds_text(value):>14}{growth:>8}"
             measured = harness.Measurement((value,), None)
             shape = [scale.queries, scale.gallery, WIDTH]
-            rows.append(harness.row(f"curve {stage}", backend_of("knn", options.device), shape, measured))
-        print(line, flush=True)
+            more = {"entries_per_image": entries}
+            rows.append(harness.row(f"curve {stage}", backend_of("knn", options.device), shape, measured, **more))
+        print(f"{line}{entries[0]:>12.1f} {entries[1]:.1f}", flush=True)
         before, previous = seconds, size
     return rows
 
 
-def stage_seconds(data: Data, device: str) -> dict[str, float]:
+def stage_seconds(data: Data, device: str) -> tuple[dict[str, float], tuple[float, float]]:
     """Seconds of each stage of rerank 20/6/0.3 with lists of 100, and of the metrics from features.
 
-    The median of three; the search of all among all, which takes most of the time, runs once.
+    With them the work of the stages of sets: entries of an encoding before and after query expansion. The median of
+    three; the search of all among all, which takes most of the time, runs once.
     """
     seconds = {}
 
@@ -291,14 +293,14 @@ def stage_seconds(data: Data, device: str) -> dict[str, float]:
     _, neighbours, row_max = timed("neighbours", lambda: ops.nearest(points, points, k1 + 1), repeats=1)
     sets = timed("reciprocal sets", lambda: ops.k_reciprocal(neighbours, k1))
     weights = timed("weights", lambda: ops.reciprocal_weights(points, row_max, *sets))
-    timed("query expansion", lambda: ops.query_expansion(*sets, weights, neighbours, k2))
+    expanded = timed("query expansion", lambda: ops.query_expansion(*sets, weights, neighbours, k2))
     encoding = ops.encode(query, gallery, k1, k2)
     timed(
         "distances, best 100",
         lambda: ops.rerank_block_lists(query, gallery, encoding, lambda_value, 0, len(query), 100),
     )
     timed("metrics streamed", lambda: evaluate_features(*data))
-    return seconds
+    return seconds, (len(sets[1]) / len(points), len(expanded[1]) / len(points))
 
 
 def main() -> None:
