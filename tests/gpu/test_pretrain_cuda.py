@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+import pytest
 import torch
 from tiny_runs import tiny_config, write_crops
 
@@ -41,3 +43,35 @@ def test_a_run_begun_on_the_cpu_goes_on_here(tmp_path):
     crops = write_crops(tmp_path / "crops")
     pretrain(tiny_config(crops, "train.max_steps=3"), tmp_path / "run", ranks=CPU)
     assert pretrain(tiny_config(crops), tmp_path / "run", resume="auto", ranks=CUDA).step == 8
+
+
+def losses(cfg, folder):
+    pretrain(cfg, folder, ranks=CUDA)
+    return [row["loss"] for row in read_metrics(folder / "metrics.jsonl", "train")]
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 2e-2)])
+def test_fused_losses_equal_plain_torch_and_repeat_to_the_bit(tmp_path, precision, tolerance):
+    crops = write_crops(tmp_path / "crops")
+    common = ("optim.eps=1e-3", "model.drop_path=0.1", f"train.precision={precision}")
+    plain = losses(tiny_config(crops, *common, "kernels.backend=reference"), tmp_path / "plain")
+    fused = losses(tiny_config(crops, *common, "kernels.backend=fused"), tmp_path / "fused")
+    again = losses(tiny_config(crops, *common, "kernels.backend=fused"), tmp_path / "again")
+    np.testing.assert_allclose(fused, plain, rtol=tolerance)
+    assert fused == again
+
+
+def test_fused_and_compiled(tmp_path):
+    crops = write_crops(tmp_path / "crops")
+    common = ("optim.eps=1e-3", "kernels.backend=fused")
+    eager = losses(tiny_config(crops, *common), tmp_path / "eager")
+    compiled = losses(tiny_config(crops, *common, "train.compile=true"), tmp_path / "compiled")
+    np.testing.assert_allclose(compiled, eager, rtol=1e-3)
+
+
+def test_an_interrupted_fused_run_goes_on_to_the_bit(tmp_path):
+    crops = write_crops(tmp_path / "crops")
+    whole = losses(tiny_config(crops, "kernels.backend=fused"), tmp_path / "whole")
+    pretrain(tiny_config(crops, "kernels.backend=fused", "train.max_steps=3"), tmp_path / "part", ranks=CUDA)
+    pretrain(tiny_config(crops, "kernels.backend=fused"), tmp_path / "part", resume="auto", ranks=CUDA)
+    assert [row["loss"] for row in read_metrics(tmp_path / "part/metrics.jsonl", "train")] == whole
