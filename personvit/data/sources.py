@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 from collections.abc import Iterable
@@ -42,11 +43,18 @@ class ImageSource(Protocol):
     def path(self, index: int) -> str:
         """Where image `index` lies; for messages and lists."""
 
-    def load(self, index: int) -> Image.Image:
-        """Decode image `index` wholly, as RGB.
+    def read(self, index: int) -> bytes:
+        """Image `index` as it is stored, encoded.
 
         Raises:
-            DataError: the file is missing, damaged, cut short, or not an image.
+            DataError: it cannot be read.
+        """
+
+    def load(self, index: int) -> Image.Image:
+        """Decode image `index` wholly, as RGB (see `decode_image`).
+
+        Raises:
+            DataError: it cannot be read, is damaged, cut short, or not an image.
         """
 
 
@@ -85,9 +93,17 @@ class _PathSource:
         """Full path of image `index`."""
         return os.path.join(self.root, self._table[index])
 
+    def read(self, index: int) -> bytes:
+        """Content of the file of image `index`."""
+        path = self.path(index)
+        try:
+            return Path(path).read_bytes()
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+
     def load(self, index: int) -> Image.Image:
-        """Decode image `index` wholly, as RGB (see `read_image`)."""
-        return read_image(self.path(index))
+        """Decode image `index` wholly, as RGB (see `decode_image`)."""
+        return decode_image(self.read(index), self.path(index))
 
 
 class FolderSource(_PathSource):
@@ -216,18 +232,30 @@ def _entries(folder: bytes) -> list[os.DirEntry[bytes]]:
 
 
 def read_image(path: str) -> Image.Image:
-    """Decode a file wholly, as RGB of 8 bits. Orientation tags and alpha are ignored, as in the published code.
+    """`decode_image` of a file.
 
     Raises:
         DataError: the file is missing, damaged, cut short, or not an image.
     """
     try:
-        with Image.open(path) as image:
+        return decode_image(Path(path).read_bytes(), path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """Decode an image file wholly, as RGB of 8 bits. Orientation tags and alpha are ignored, as in the published code.
+
+    Raises:
+        DataError: damaged, cut short, or not an image; the message begins with `name`.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
             rgb: Image.Image = image.convert("RGB")
             return rgb
     # Decoders of damaged files raise nearly anything: OSError, SyntaxError, struct.error, IndexError, zlib.error ...
     except Exception as error:
-        raise DataError(f"{path}: cannot be read as an image ({type(error).__name__}: {error})") from None
+        raise DataError(f"{name}: cannot be read as an image ({type(error).__name__}: {error})") from None
 
 
 def open_source(cfg: DataConfig) -> ImageSource:
