@@ -270,7 +270,7 @@ def _packed_attention_backward(grad: Tensor, qkv: Tensor, sequences: Sequence[in
     groups = list(zip(sequences, lengths, strict=True))
     obstacle = refuses(qkv, groups) or layout("grad", grad) or same_type(grad=grad, qkv=qkv)
     if obstacle is None and grad.shape != _out_shape(qkv):
-        obstacle = "grad has another shape than the output", f"shape {list(_out_shape(qkv))}"
+        obstacle = "grad has another shape than the output", f"a grad of shape {list(_out_shape(qkv))}"
     require("packed_attention_backward", obstacle, grad=grad, qkv=qkv)
     out = torch.empty_like(qkv)
     with torch.cuda.device_of(qkv):

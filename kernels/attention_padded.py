@@ -44,7 +44,7 @@ FORWARD = {
     (4, 128): Blocks(16, 32, 8, 1, 80, 40_960),
 }
 QUERY_SIDE = {
-    (2, 32): Blocks(64, 64, 4, 2, 144, 29_696),
+    (2, 32): Blocks(64, 64, 4, 2, 176, 29_696),
     (2, 64): Blocks(64, 64, 4, 2, 208, 58_368),
     (2, 128): Blocks(64, 64, 8, 2, 208, 115_712),
     (4, 32): Blocks(32, 32, 4, 1, 208, 16_384),
@@ -82,7 +82,7 @@ def store_rows(pointers, values, rows, tokens, MASKED: tl.constexpr):
 
 @triton.jit
 def scores(q, k, keys, tokens, SCALE: tl.constexpr):
-    """q k^T / sqrt(Dh) in base 2, for exp2: [Q, K]; -inf for keys past the end."""
+    """Scores q k^T / sqrt(Dh) in base 2, for exp2: [Q, K]; -inf for keys past the end."""
     s = tl.dot(q, tl.trans(k), input_precision="ieee") * (SCALE * LOG2_E)
     return tl.where(keys[None, :] < tokens, s, float("-inf"))
 
@@ -194,6 +194,7 @@ def padded_key_side(
         dv = tl.dot(p.to(q.dtype), g, dv, input_precision="ieee")
         ds = p * (tl.dot(v, tl.trans(g), input_precision="ieee") - row_delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    # Rows of keys past the end may hold anything: they mix with no other, and are not written.
     place = out + first * (3 * width) + column + keys[:, None] * (3 * width)
     store_rows(place + width, dk * SCALE, keys, tokens, True)
     store_rows(place + 2 * width, dv, keys, tokens, True)

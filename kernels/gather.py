@@ -11,12 +11,13 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from personvit.kernels import inputs
 from personvit.kernels.aot import Build
 from personvit.kernels.rows import (
     BACKWARD_REGISTERS,
     FORWARD_REGISTERS,
-    SHARED,
     WARPS,
     programs_of,
     pull_back,
@@ -25,8 +26,8 @@ from personvit.kernels.rows import (
     statistics,
     sum_partials,
     tile_of,
+    warps_of,
 )
-from torch import Tensor
 
 SCATTER_BLOCK = 1024
 
@@ -161,7 +162,7 @@ def _gather_layer_norm(
         with torch.cuda.device_of(tokens):
             _gather_norm_forward[(triton.cdiv(count, tile["ROWS"]),)](
                 tokens, branch, scale, rows, weight, bias, stream, normed, means, rstds, count, total, eps,
-                **tile, num_warps=WARPS, num_stages=1,
+                **tile, num_warps=warps_of(tile), num_stages=1,
             )  # fmt: skip
     return outputs
 
@@ -209,7 +210,7 @@ def _gather_layer_norm_backward(
         _gather_norm_backward[(programs,)](
             d_normed, stream, inverse, scale, weight, means, rstds,
             d_tokens, None if branch_dtype is None else d_branch, partials, total, steps,
-            **tile, num_warps=WARPS, num_stages=1,
+            **tile, num_warps=warps_of(tile), num_stages=1,
         )  # fmt: skip
     return d_tokens, d_branch, sum_partials(partials)
 
@@ -292,5 +293,5 @@ def builds() -> list[Build]:
             ]
     signature = {"chosen": "*i64", "inverse": "*i32", "count": "i32", "total": "i32"}
     constexprs = {"BLOCK": SCATTER_BLOCK}
-    found.append(Build("gather inverse map", _gather_inverse, signature, constexprs, WARPS, 1, 40, SHARED))
+    found.append(Build("gather inverse map", _gather_inverse, signature, constexprs, WARPS, 1, 40, 4096))
     return found

@@ -15,6 +15,7 @@ ALIGNMENT = 16
 """Bytes: kernels are compiled for pointers that are multiples of it."""
 
 
+@torch.compiler.assume_constant_result
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on tensors of the CPU (TRITON_INTERPRET=1)."""
     import triton
@@ -32,7 +33,8 @@ def layout(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) 
         return f"{name} is on {tensor.device}, {where}", "move it there, or kernels.backend=auto"
     if not tensor.is_contiguous():
         return f"{name} of shape {list(tensor.shape)} has strides {list(tensor.stride())}", f"{name}.contiguous()"
-    if tensor.storage_offset() * tensor.element_size() % ALIGNMENT:
+    # A trace knows no offsets; what it inlines into is checked again when the operator runs.
+    if not torch.compiler.is_compiling() and tensor.storage_offset() * tensor.element_size() % ALIGNMENT:
         return f"{name} does not start at a multiple of {ALIGNMENT} bytes", f"{name}.clone()"
     return None
 

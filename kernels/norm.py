@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from personvit.kernels import inputs
 from personvit.kernels.aot import Build
 from personvit.kernels.gather import builds as gather_builds
@@ -19,7 +21,6 @@ from personvit.kernels.gather import gather_layer_norm, refuses_gather_layer_nor
 from personvit.kernels.rows import (
     BACKWARD_REGISTERS,
     FORWARD_REGISTERS,
-    WARPS,
     programs_of,
     pull_back,
     refuses,
@@ -28,11 +29,8 @@ from personvit.kernels.rows import (
     sum_builds,
     sum_partials,
     tile_of,
+    warps_of,
 )
-from torch import Tensor
-
-GAMMA_REGISTERS = 168
-"""Budget of the backward with LayerScale, which sums a third gradient: three programs on a multiprocessor."""
 
 __all__ = [
     "add_layer_norm",
@@ -163,7 +161,7 @@ def _add_layer_norm(
         with torch.cuda.device_of(tokens):
             _add_norm_forward[(triton.cdiv(count, tile["ROWS"]),)](
                 tokens, branch, scale, gamma, weight, bias, stream, normed, means, rstds, count, eps,
-                **tile, num_warps=WARPS, num_stages=1,
+                **tile, num_warps=warps_of(tile), num_stages=1,
             )  # fmt: skip
     return outputs
 
@@ -207,7 +205,7 @@ def _add_layer_norm_backward(
         _add_norm_backward[(programs,)](
             d_stream, d_normed, stream, branch, scale, gamma, weight, means, rstds,
             d_tokens, None if branch_dtype is None else d_branch, partials, count, steps,
-            **tile, num_warps=WARPS, num_stages=1,
+            **tile, num_warps=warps_of(tile), num_stages=1,
         )  # fmt: skip
     return d_tokens, d_branch, sum_partials(partials)
 
@@ -286,7 +284,7 @@ def builds() -> list[Build]:
             add = f"add norm D={width} {kind}"
             found += [
                 row_build(f"{add} forward", _add_norm_forward, forward, width, FORWARD_REGISTERS),
-                row_build(f"{add} backward", _add_norm_backward, backward, width, GAMMA_REGISTERS),
+                row_build(f"{add} backward", _add_norm_backward, backward, width, BACKWARD_REGISTERS),
                 row_build(
                     f"{add} backward, no gamma", _add_norm_backward, backward, width, BACKWARD_REGISTERS, "gamma branch"
                 ),

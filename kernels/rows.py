@@ -7,21 +7,23 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from personvit.kernels import inputs
-from personvit.kernels.aot import Build
 from torch import Tensor
 
+from personvit.kernels import inputs
+from personvit.kernels.aot import Build
+
 MAX_WIDTH = 2048
-TILE = 2048
-"""Elements of a tile: 16 in each thread of four warps, whatever the width."""
 WARPS = 4
-FORWARD_REGISTERS = 72
-BACKWARD_REGISTERS = 128
-"""Budgets a thread: seven and four programs fit on a multiprocessor."""
-SHARED = 4096
-"""Budget of shared memory in bytes: reductions across warps, changes of layout."""
-PROGRAMS = 528
-"""Programs of a backward, at most: four for each of the 132 multiprocessors of an H100, the same on every GPU."""
+ELEMENTS = 4
+"""Elements of a row in a thread: 16 bytes of float32, 8 of bfloat16. With more, Triton would load the two types in
+different layouts and convert between them through shared memory, at a dozen barriers a tile."""
+RESIDENT_WARPS = 132 * 32
+"""Warps of a backward, at most: 32 on each of the 132 multiprocessors of an H100, the same on every GPU."""
+FORWARD_REGISTERS = 40
+BACKWARD_REGISTERS = 64
+"""Budgets a thread: 48 and 32 warps fit on a multiprocessor."""
+SHARED = 256
+"""Budget of shared memory in bytes: reductions across warps."""
 TALL = (128, 16)
 """Tile (partials, columns) of `sum_partials` where many partials are narrow."""
 WIDE = (16, 128)
@@ -80,15 +82,20 @@ def sum_partials(partials: Tensor) -> Tensor:
 
 
 def tile_of(width: int) -> dict[str, int]:
-    """Constants of a kernel over whole rows of some width."""
+    """Constants of a kernel over whole rows of some width: one row, or several if they are short."""
     block = max(16, triton.next_power_of_2(width))
-    return {"WIDTH": width, "BLOCK": block, "ROWS": max(1, TILE // block)}
+    return {"WIDTH": width, "BLOCK": block, "ROWS": max(1, WARPS * 32 * ELEMENTS // block)}
+
+
+def warps_of(tile: dict[str, int]) -> int:
+    """Warps for a tile."""
+    return max(WARPS, tile["BLOCK"] // (32 * ELEMENTS))
 
 
 def programs_of(count: int, tile: dict[str, int]) -> tuple[int, int]:
     """Programs of a backward over `count` rows, and the tiles that each of them takes."""
     tiles = triton.cdiv(count, tile["ROWS"])
-    programs = min(PROGRAMS, tiles)
+    programs = min(RESIDENT_WARPS // warps_of(tile), tiles)
     return programs, triton.cdiv(tiles, programs)
 
 
@@ -127,8 +134,9 @@ def refuses(
 def row_build(name: str, kernel: Any, signature: dict[str, str], width: int, registers: int, absent: str = "") -> Build:
     """A configuration of a kernel over whole rows; arguments named in `absent` are None."""
     present = {argument: kind for argument, kind in signature.items() if argument not in absent.split()}
-    constexprs = {**tile_of(width), **dict.fromkeys(absent.split())}
-    return Build(name, kernel, present, constexprs, WARPS, 1, registers, SHARED)
+    tile = tile_of(width)
+    constexprs = {**tile, **dict.fromkeys(absent.split())}
+    return Build(name, kernel, present, constexprs, warps_of(tile), 1, registers, SHARED)
 
 
 def sum_builds() -> list[Build]:
@@ -142,8 +150,8 @@ def sum_builds() -> list[Build]:
             {"WIDTH": width, "PARTS": parts, "COLUMNS": columns},
             WARPS,
             1,
-            registers=64,
-            shared=8192,
+            registers=48,
+            shared=2048,
         )
         for width, (parts, columns) in ((384, TALL), (129 * 384, WIDE))
     ]

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from personvit.kernels import inputs
 from personvit.kernels.aot import Build
 from personvit.kernels.rows import WARPS, sum_partials
-from torch import Tensor
 
 TILE = (32, 64)
 """Patches x columns: whole 64-byte sectors in both layouts of the patches, and no idle lanes at 32 or 128 patches."""

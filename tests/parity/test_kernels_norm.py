@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from personvit.kernels import gather, norm, rows
 from torch import Tensor
 
 from personvit.errors import UnsupportedInputError
+from personvit.kernels import gather, norm, rows
 from personvit.ops import norm as reference
 
 if torch.cuda.is_available():
@@ -37,7 +37,7 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: fill(empty(*args, **kwargs)))
     monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: fill(empty_like(*args, **kwargs)))
-    monkeypatch.setattr(rows, "PROGRAMS", 3)
+    monkeypatch.setattr(rows, "RESIDENT_WARPS", 3 * rows.WARPS)
 
 
 def compare(function: Callable[..., Any], plain: Callable[..., Any], *arguments: Any) -> None:

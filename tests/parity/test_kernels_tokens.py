@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from personvit.kernels import tokens
 from torch import Tensor
 
 from personvit.errors import UnsupportedInputError
+from personvit.kernels import tokens
 from personvit.ops.tokens import _reference
 
 if torch.cuda.is_available():
