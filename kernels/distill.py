@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
+
 from personvit.kernels import distill_kernels as device
 from personvit.kernels import inputs
 from personvit.kernels.aot import Build
-from torch import Tensor
 
 _NAME = "distill_cross_entropy"
 

@@ -15,6 +15,7 @@ from personvit.engine.pretrain_loop import PretrainResult, PretrainRun
 from personvit.errors import EXIT_INTERRUPTED
 from personvit.runtime.distributed import Ranks, init_distributed, on_main
 from personvit.runtime.entry import run, setup_logging
+from personvit.runtime.memory import keep_freed_memory
 from personvit.runtime.runlog import RunFolder, log_to_file
 
 logger = logging.getLogger("personvit.pretrain")  # `python -m` names this module __main__
@@ -90,6 +91,8 @@ def pretrain(
             folder.config.write_text(given or to_yaml(cfg), encoding="utf-8")
             folder.resolved.write_text(to_yaml(cfg), encoding="utf-8")
         _set_determinism(cfg)
+        if ranks.device.type == "cpu":
+            keep_freed_memory()
         return PretrainRun(cfg, folder, ranks, resume).run()
     finally:
         if handler is not None:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from personvit.errors import ConfigError
-from personvit.ops import add_layer_norm, assemble_tokens, gather_layer_norm, packed_attention
+from personvit.ops import add_layer_norm, assemble_tokens, gather_rows, packed_attention
 
 Groups = Sequence[tuple[int, int]]
 """(number of sequences, tokens per sequence) for each resolution, in stream order."""
@@ -58,10 +58,10 @@ class Attention(nn.Module):
         qkv: Tensor = self.qkv(tokens)
         return qkv.view(len(tokens), 3, self.num_heads, -1)  # [T, 3, H, Dh]
 
-    def forward(self, tokens: Tensor, groups: Groups) -> Tensor:
-        """[T, D] -> [T, D]."""
-        attended = packed_attention(self._split(tokens), groups)  # [T, H, Dh]
-        projected: Tensor = self.proj(attended.flatten(1))
+    def forward(self, tokens: Tensor, groups: Groups, rows: Tensor | None = None) -> Tensor:
+        """[T, D] -> [T, D], or with `rows` [R] only these of it, [R, D]."""
+        attended = packed_attention(self._split(tokens), groups).flatten(1)  # [T, D]
+        projected: Tensor = self.proj(attended if rows is None else gather_rows(attended, rows))
         return projected
 
     def weights(self, tokens: Tensor, batch: int) -> Tensor:
@@ -101,10 +101,6 @@ class Stream(NamedTuple):
         """The stream [T, D] with its branch added, and that normalised."""
         return add_layer_norm(self.tokens, self.branch, self.scale, None, norm.weight, norm.bias, norm.eps)
 
-    def norm_rows(self, norm: nn.LayerNorm, rows: Tensor) -> Tensor:
-        """Rows [R] of the normalised stream, [R, D]; no other is computed."""
-        return gather_layer_norm(self.tokens, self.branch, self.scale, rows, norm.weight, norm.bias, norm.eps)
-
 
 class Block(nn.Module):
     """Pre-norm transformer block on a packed stream."""
@@ -116,20 +112,27 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, stream: Stream, groups: Groups, scales: Tensor | None = None) -> Stream:
+    def forward(
+        self, stream: Stream, groups: Groups, scales: Tensor | None = None, rows: Tensor | None = None
+    ) -> Stream:
         """One block.
 
         Args:
             stream: what the block before gave.
             groups: sequences of the stream.
             scales: [2, T] float32 drop path factors of the attention and the MLP branch (0 or 1/keep); None: 1.
+            rows: [R] int64, distinct: after the attention, which all tokens take part in, only these are of use.
 
         Returns:
-            The stream, whose branch is that of the MLP.
+            The stream, or those rows of it; its branch is that of the MLP.
         """
-        attention_scale, mlp_scale = (None, None) if scales is None else scales.unbind()
         tokens, normed = stream.norm(self.norm1)
-        tokens, normed = Stream(tokens, self.attn(normed, groups), attention_scale).norm(self.norm2)
+        attended = self.attn(normed, groups, rows)
+        if rows is not None:
+            tokens = gather_rows(tokens, rows)
+            scales = None if scales is None else scales.index_select(1, rows)
+        attention_scale, mlp_scale = (None, None) if scales is None else scales.unbind()
+        tokens, normed = Stream(tokens, attended, attention_scale).norm(self.norm2)
         return Stream(tokens, self.mlp(normed), mlp_scale)
 
 
@@ -265,12 +268,14 @@ class VisionTransformer(nn.Module):
         )
         return Stream(tokens), [(len(images), 1 + h * w) for images, (h, w) in zip(crops, grids, strict=True)]
 
-    def _run(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Stream, Groups]:
-        """Crops of several resolutions through all blocks: the stream before the final norm, and its groups."""
+    def _run(
+        self, crops: Sequence[Tensor], masks: Sequence[Tensor | None], rows: Tensor | None = None
+    ) -> tuple[Tensor, Groups]:
+        """Crops of several resolutions through the backbone: the normalised stream (or rows of it), and its groups."""
         stream, groups = self._assemble(crops, masks)
-        for block, scales in zip(self.blocks, self._drop_path_scales(groups, stream.tokens.device), strict=True):
-            stream = block(stream, groups, scales)
-        return stream, groups
+        for number, scales in enumerate(self._drop_path_scales(groups, stream.tokens.device), start=1):
+            stream = self.blocks[number - 1](stream, groups, scales, rows if number == self.depth else None)
+        return stream.norm(self.norm)[1], groups
 
     def forward_packed(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> list[Tensor]:
         """Crops of several resolutions through the blocks as one token stream.
@@ -283,13 +288,15 @@ class VisionTransformer(nn.Module):
         Returns:
             Tokens [B_i, 1 + N_i, D] per resolution after the final norm, equal to separate forwards.
         """
-        stream, groups = self._run(crops, masks)
-        tokens = stream.norm(self.norm)[1]
+        tokens, groups = self._run(crops, masks)
         parts = torch.split(tokens, [count * length for count, length in groups])
         return [part.view(count, length, -1) for part, (count, length) in zip(parts, groups, strict=True)]
 
     def forward_rows(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None], rows: Tensor) -> Tensor:
-        """Some tokens of the packed stream; the final norm is computed for no others.
+        """Some tokens of the packed stream.
+
+        In the last block the other tokens serve as keys and values only: its projection, its MLP and the final norm are
+        computed for the chosen ones alone. The values are the same.
 
         Args:
             crops: as in `forward_packed`.
@@ -299,8 +306,7 @@ class VisionTransformer(nn.Module):
         Returns:
             [R, D] after the final norm, in the order of `rows`.
         """
-        stream, _ = self._run(crops, masks)
-        return stream.norm_rows(self.norm, rows)
+        return self._run(crops, masks, rows)[0]
 
     def forward(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
         """Images [B, 3, H, W], optional masks [B, N] bool -> tokens [B, 1 + N, D] after the final norm, CLS first."""

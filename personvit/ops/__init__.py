@@ -8,10 +8,10 @@ from personvit.ops.backend import ReportRow, get_backend, report, set_backend
 from personvit.ops.distill import distill_cross_entropy
 from personvit.ops.masks import block_masks
 from personvit.ops.neighbours import knn, nearest, pairwise_distance
-from personvit.ops.norm import add_layer_norm, gather_layer_norm
+from personvit.ops.norm import add_layer_norm
 from personvit.ops.rerank import Encoding, encode, rerank, rerank_block, rerank_block_lists
 from personvit.ops.retrieval import jaccard, k_reciprocal, query_expansion, rank_counts, reciprocal_weights
-from personvit.ops.tokens import assemble_tokens
+from personvit.ops.tokens import assemble_tokens, gather_rows
 
 __all__ = [
     "Encoding",
@@ -22,7 +22,7 @@ __all__ = [
     "block_masks",
     "distill_cross_entropy",
     "encode",
-    "gather_layer_norm",
+    "gather_rows",
     "get_backend",
     "jaccard",
     "k_reciprocal",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from personvit.ops import backend, reference, triton_kernels
+
+BMM_LENGTH = 256
+"""Tokens up to which two batched products and a softmax beat torch's fused attention on a CPU (longer: no slower, but
+scores of N x N)."""
 
 
 def packed_attention(qkv: Tensor, groups: Sequence[tuple[int, int]]) -> Tensor:
@@ -40,24 +44,43 @@ def packed_attention(qkv: Tensor, groups: Sequence[tuple[int, int]]) -> Tensor:
     return out
 
 
-def _sdpa_packed(qkv: Tensor, groups: Sequence[tuple[int, int]]) -> Tensor:
-    _, _, heads, features = qkv.shape
-    if len(groups) == 1:
-        return _sdpa_group(qkv, *groups[0])
-    outputs = [qkv.new_empty((0, heads, features))]
-    start = 0
-    for sequences, length in groups:
-        stop = start + sequences * length
-        outputs.append(_sdpa_group(qkv[start:stop], sequences, length))
-        start = stop
-    return torch.cat(outputs)
+def _per_length(attend: Callable[[Tensor, int, int], Tensor]) -> Callable[[Tensor, Sequence[tuple[int, int]]], Tensor]:
+    """An implementation that computes group after group; `attend` takes [S * N, 3, H, Dh], S and N."""
+
+    def packed(qkv: Tensor, groups: Sequence[tuple[int, int]]) -> Tensor:
+        if len(groups) == 1:
+            return attend(qkv, *groups[0])
+        _, _, heads, features = qkv.shape
+        # split() rather than slices, whose gradients would each fill a whole stream with zeros
+        parts = torch.split(qkv, [sequences * length for sequences, length in groups]) if groups else ()
+        outputs = [attend(part, *group) for part, group in zip(parts, groups, strict=True)]
+        return torch.cat([qkv.new_empty((0, heads, features)), *outputs])
+
+    return packed
 
 
-def _sdpa_group(qkv: Tensor, sequences: int, length: int) -> Tensor:
+def _sdpa(qkv: Tensor, sequences: int, length: int) -> Tensor:
     _, _, heads, features = qkv.shape
     q, k, v = qkv.view(sequences, length, 3, heads, features).permute(2, 0, 3, 1, 4)  # each [S, H, N, Dh]
     out = F.scaled_dot_product_attention(q, k, v)
     return out.transpose(1, 2).reshape(sequences * length, heads, features)
+
+
+def _bmm(qkv: Tensor, sequences: int, length: int) -> Tensor:
+    _, _, heads, features = qkv.shape
+    split = qkv.view(sequences, length, 3, heads, features).permute(2, 0, 3, 1, 4)
+    q, k, v = split.reshape(3, sequences * heads, length, features).unbind()  # each [S * H, N, Dh], contiguous
+    scores = torch.bmm(q * features**-0.5, k.transpose(1, 2))  # [S * H, N, N]
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    out = torch.bmm(scores.softmax(dim=-1, dtype=wide).to(qkv.dtype), v)
+    return out.view(sequences, heads, length, features).transpose(1, 2).reshape(sequences * length, heads, features)
+
+
+def _bmm_refuses(qkv: Tensor, groups: Sequence[tuple[int, int]]) -> backend.Obstacle | None:
+    longest = max([0, *(length for _, length in groups)])
+    if longest > BMM_LENGTH:
+        return f"a sequence of {longest} tokens, its scores are kept whole up to {BMM_LENGTH}", "kernels.backend=auto"
+    return None
 
 
 def _xformers_packed(qkv: Tensor, groups: Sequence[tuple[int, int]]) -> Tensor:
@@ -101,7 +124,6 @@ def _xformers_refuses(qkv: Tensor, groups: Sequence[tuple[int, int]]) -> backend
     return None
 
 
-_SDPA = "torch scaled_dot_product_attention"
 backend.register(
     backend.Operator(
         "packed_attention",
@@ -125,7 +147,16 @@ backend.register(
                 _why_not_xformers,
                 _xformers_refuses,
             ),
-            backend.Implementation("sdpa", _sdpa_packed, ("cpu", "cuda"), f"{_SDPA}, one call per sequence length"),
+            backend.Implementation(
+                "bmm",
+                _per_length(_bmm),
+                ("cpu",),
+                "torch bmm and softmax, one call per sequence length",
+                refuses=_bmm_refuses,
+            ),
+            backend.Implementation(
+                "sdpa", _per_length(_sdpa), ("cpu", "cuda"), "torch scaled_dot_product_attention, one call per length"
+            ),
         ),
     )
 )

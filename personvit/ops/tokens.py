@@ -1,4 +1,4 @@
-"""From the patches of all crops to one stream of tokens."""
+"""From the patches of all crops to one stream of tokens, and the choice of some of them."""
 
 from __future__ import annotations
 
@@ -41,6 +41,30 @@ def assemble_tokens(
     _check(patches, masks, masked_embed, cls_token, positions)
     device = patches[0].device.type
     out: Tensor = backend.call("assemble_tokens", device, patches, masks, masked_embed, cls_token, positions)
+    return out
+
+
+def gather_rows(tokens: Tensor, rows: Tensor) -> Tensor:
+    """Chosen rows of a stream of tokens.
+
+    Args:
+        tokens: [T, D], any floating dtype.
+        rows: [R] int64, distinct, from 0 to T - 1; R may be 0. Their values are not checked in advance: plain torch
+            raises an IndexError (an assertion of the device on CUDA), the kernel gives NaN for a row that does not
+            exist. Gradients of a row named twice are undefined.
+
+    Returns:
+        [R, D], in the order of `rows`. Differentiable; the gradient of all other rows is 0.
+
+    Raises:
+        ValueError: tokens that are no matrix, or rows that are not [R] int64.
+    """
+    if tokens.dim() != 2 or rows.dim() != 1 or rows.dtype != torch.int64:
+        raise ValueError(
+            f"gather_rows needs tokens [T, D] and rows [R] torch.int64, got {list(tokens.shape)} and "
+            f"{list(rows.shape)} {rows.dtype}"
+        )
+    out: Tensor = backend.call("gather_rows", tokens.device.type, tokens, rows)
     return out
 
 
@@ -106,6 +130,24 @@ backend.register(
                 "one Triton kernel for each resolution",
                 triton_kernels.why_not,
                 lambda *args: triton_kernels.tokens.refuses(*args),
+            ),
+        ),
+    )
+)
+backend.register(
+    backend.Operator(
+        "gather_rows",
+        backend.Implementation(
+            "reference", lambda tokens, rows: tokens.index_select(0, rows), ("cpu", "cuda"), "plain torch: index_select"
+        ),
+        (
+            backend.Implementation(
+                "triton",
+                lambda *args: triton_kernels.tokens.gather_rows(*args),
+                ("cuda",),
+                "a copy in Triton whose gradient is stored once, without atomics",
+                triton_kernels.why_not,
+                lambda *args: triton_kernels.tokens.refuses_gather_rows(*args),
             ),
         ),
     )

@@ -21,7 +21,7 @@ CPU = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 STEPS = 3
 # eps: where a gradient is zero but for rounding (the bias of the keys), Adam would blow that rounding up
 OVERRIDES = ("optim.eps=1e-3", "optim.warmup_epochs=0", "optim.lr=0.05", "model.drop_path=0.1")
-KERNELS = ("packed_attention", "assemble_tokens", "add_layer_norm", "gather_layer_norm", "distill_cross_entropy")
+KERNELS = ("packed_attention", "assemble_tokens", "add_layer_norm", "gather_rows", "distill_cross_entropy")
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from personvit.errors import UnsupportedInputError
-from personvit.kernels import gather, norm, rows
+from personvit.kernels import norm, rows
 from personvit.ops import norm as reference
 
 if torch.cuda.is_available():
@@ -91,55 +91,13 @@ def add_arguments(count: int, width: int, kind: str, terms: str) -> tuple[Any, .
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("count", "width"), [(70, 32), (40, 128), (20, 192), (19, 384), (9, 768), (1, 1024), (8, 33)])
 def test_add_layer_norm(count: int, width: int, kind: str) -> None:
-    compare(norm.add_layer_norm, reference._reference_add, *add_arguments(count, width, kind, "scale gamma"))
+    compare(norm.add_layer_norm, reference._reference, *add_arguments(count, width, kind, "scale gamma"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("terms", TERMS)
 def test_add_layer_norm_with_fewer_terms(terms: str, kind: str) -> None:
-    compare(norm.add_layer_norm, reference._reference_add, *add_arguments(11, 384, kind, terms))
-
-
-def gather_arguments(count: int, width: int, kind: str, terms: str, chosen: list[int]) -> tuple[Any, ...]:
-    tokens, branch, scale, _, *vectors = add_arguments(count, width, kind, terms)
-    return tokens, branch, scale, torch.tensor(chosen, dtype=torch.int64), *vectors
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("count", "width"), [(70, 32), (40, 128), (20, 192), (19, 384), (9, 768), (1, 1024), (8, 33)])
-def test_gather_layer_norm(count: int, width: int, kind: str) -> None:
-    chosen = torch.randperm(count)[: (count + 1) // 2].tolist()
-    compare(
-        gather.gather_layer_norm, reference._reference_gather, *gather_arguments(count, width, kind, "scale", chosen)
-    )
-
-
-@pytest.mark.parametrize("terms", ["scale", "branch", ""])
-@pytest.mark.parametrize("chosen", [[], [6], [3, 0, 6, 1, 5, 2, 4]], ids=["none", "one", "all"])
-def test_gather_layer_norm_of_no_one_and_all_rows(chosen: list[int], terms: str) -> None:
-    kind = "fp16 under an fp32 stream" if len(chosen) == 1 else "fp32"
-    compare(gather.gather_layer_norm, reference._reference_gather, *gather_arguments(7, 192, kind, terms, chosen))
-
-
-def test_rows_that_are_not_chosen_are_not_read() -> None:
-    arguments = gather_arguments(9, 48, "fp32", "scale", [4, 2])
-    _, clean = run(norm.gather_layer_norm, arguments)
-    for tensor in arguments[:3]:
-        tensor[[0, 1, 3, 5, 6, 7, 8]] = float("nan")
-    _, dirty = run(norm.gather_layer_norm, arguments)
-    assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
-
-
-def test_rows_that_do_not_exist_are_seen_and_harm_nothing() -> None:
-    arguments = list(gather_arguments(9, 48, "fp32", "scale", [4, 2]))
-    _, expected = run(norm.gather_layer_norm, tuple(arguments))
-    arguments[3] = torch.tensor([4, 2, 9, -1, 1 << 40])
-    names, found = run(norm.gather_layer_norm, tuple(arguments))
-    assert found[0][2:].isnan().all()
-    assert torch.equal(found[0][:2], expected[0])
-    # The weights of the loss are those of two rows and then more, so all gradients must agree.
-    for name, a, b in zip(names[1:], found[1:], expected[1:], strict=True):
-        assert torch.equal(a, b), name
+    compare(norm.add_layer_norm, reference._reference, *add_arguments(11, 384, kind, terms))
 
 
 def test_no_tokens() -> None:
@@ -147,9 +105,6 @@ def test_no_tokens() -> None:
         _, found = run(norm.add_layer_norm, add_arguments(0, 32, "fp32", terms))
         assert found[1].shape == (0, 32)
         assert all(not gradient.any() for gradient in found[2:])
-    _, found = run(norm.gather_layer_norm, gather_arguments(0, 32, "fp32", "scale", []))
-    assert found[0].shape == (0, 32)
-    assert all(not gradient.any() for gradient in found[1:])
 
 
 def test_the_stream_without_a_branch_is_the_tokens() -> None:
@@ -164,7 +119,7 @@ def test_gradient_of_one_result(which: str) -> None:
 
     arguments = add_arguments(5, 48, "fp32", "gamma")
     if which == "normed":
-        compare(one(norm.add_layer_norm), one(reference._reference_add), *arguments)
+        compare(one(norm.add_layer_norm), one(reference._reference), *arguments)
         return
     tokens, branch, gamma = (arguments[i].requires_grad_() for i in (0, 1, 3))
     stream = norm.add_layer_norm(*arguments)[0]
@@ -183,16 +138,13 @@ def test_sum_partials(count: int, width: int) -> None:
 def test_scale_may_start_anywhere() -> None:
     arguments = list(add_arguments(11, 48, "fp32", "scale"))
     arguments[2] = torch.rand(4, 11)[1]  # 44 bytes into its memory
-    compare(norm.add_layer_norm, reference._reference_add, *arguments)
+    compare(norm.add_layer_norm, reference._reference, *arguments)
 
 
 def test_two_runs_agree_in_every_bit() -> None:
-    for function, arguments in (
-        (norm.add_layer_norm, add_arguments(70, 128, "fp16 under an fp32 stream", "scale gamma")),
-        (norm.gather_layer_norm, gather_arguments(70, 128, "fp16 under an fp32 stream", "scale", [*range(0, 70, 3)])),
-    ):
-        (_, first), (_, second) = run(function, arguments), run(function, arguments)
-        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    arguments = add_arguments(70, 128, "fp16 under an fp32 stream", "scale gamma")
+    (_, first), (_, second) = run(norm.add_layer_norm, arguments), run(norm.add_layer_norm, arguments)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("count", [5, 0])
@@ -205,24 +157,10 @@ def test_opcheck_add_layer_norm(count: int, terms: str) -> None:
     torch.library.opcheck(torch.ops.personvit.add_layer_norm.default, arguments)
 
 
-@pytest.mark.parametrize("chosen", [[3, 0], []])
-@pytest.mark.parametrize("terms", ["scale", ""])
-def test_opcheck_gather_layer_norm(chosen: list[int], terms: str) -> None:
-    arguments = [
-        a.requires_grad_(i not in (2, 3)) if isinstance(a, Tensor) else a
-        for i, a in enumerate(gather_arguments(5, 32, "fp32", terms, chosen))
-    ]
-    torch.library.opcheck(torch.ops.personvit.gather_layer_norm.default, arguments)
-
-
 def test_opcheck_backward() -> None:
     wide, tall, vector = torch.randn(5, 32), torch.rand(5), torch.randn(32)
-    operators = torch.ops.personvit
-    add = (wide, wide, wide, wide, tall, vector, vector, tall, tall, torch.float16)
-    torch.library.opcheck(operators.add_layer_norm_backward.default, add)
-    chosen = torch.tensor([7, 0, 2, 1, 8])
-    picked = (wide, wide, chosen, None, vector, tall, tall, 9, None)
-    torch.library.opcheck(operators.gather_layer_norm_backward.default, picked)
+    arguments = (wide, wide, wide, wide, tall, vector, vector, tall, tall, torch.float16)
+    torch.library.opcheck(torch.ops.personvit.add_layer_norm_backward.default, arguments)
 
 
 def spoil(arguments: tuple[Any, ...], place: int, value: Any) -> list[Any]:
@@ -257,18 +195,3 @@ def test_what_the_kernel_cannot_do_is_said(place: int, value: Any, message: str)
     if not any(isinstance(a, Tensor) and a.is_meta for a in arguments):  # those find only shapes
         with pytest.raises(UnsupportedInputError, match=message):
             norm.add_layer_norm(*arguments)
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        (torch.tensor([1, 2], dtype=torch.int32), "int32"),
-        (torch.tensor([[1, 2]]), "a list of rows"),
-        (torch.arange(6)[::2], "strides"),
-    ],
-)
-def test_rows_that_the_kernel_cannot_read(value: Tensor, message: str) -> None:
-    arguments = spoil(gather_arguments(6, 32, "fp32", "scale", [1]), 3, value)
-    assert norm.refuses_gather_layer_norm(*arguments) is not None
-    with pytest.raises(UnsupportedInputError, match=message):
-        norm.gather_layer_norm(*arguments)

@@ -26,12 +26,6 @@ def add(given: dict[str, Tensor | None], dtype: torch.dtype | None = None) -> tu
     return ops.add_layer_norm(*given.values(), EPS, dtype)
 
 
-def gather(given: dict[str, Tensor | None], rows: Tensor) -> Tensor:
-    given = {name: tensor for name, tensor in given.items() if name not in ("gamma", "weight", "bias")}
-    vectors = arguments()
-    return ops.gather_layer_norm(*given.values(), rows, vectors["weight"], vectors["bias"], EPS)
-
-
 def test_sum_and_norm() -> None:
     given = arguments()
     stream, normed = add(given)
@@ -67,26 +61,6 @@ def test_types(branch: torch.dtype, factors: bool) -> None:
     assert (stream.dtype, normed.dtype) == (torch.bfloat16, torch.bfloat16)
 
 
-def test_gather_is_the_norm_of_chosen_rows() -> None:
-    given = arguments()
-    torch.manual_seed(1)
-    rows = torch.tensor([5, 0, 2])
-    weight, bias = torch.randn(32), torch.randn(32)
-    stream = given["tokens"] + given["scale"][:, None] * given["branch"]
-    found = ops.gather_layer_norm(given["tokens"], given["branch"], given["scale"], rows, weight, bias, EPS)
-    torch.testing.assert_close(found, F.layer_norm(stream, (32,), weight, bias, EPS)[rows])
-    found = ops.gather_layer_norm(given["tokens"], None, None, rows, weight, bias, EPS)
-    torch.testing.assert_close(found, F.layer_norm(given["tokens"], (32,), weight, bias, EPS)[rows])
-
-
-def test_gather_of_no_rows_and_of_rows_that_do_not_exist() -> None:
-    given = arguments()
-    assert gather(given, torch.tensor([], dtype=torch.int64)).shape == (0, 32)
-    for row in (6, -1):
-        with pytest.raises(IndexError):
-            gather(given, torch.tensor([0, row]))
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -105,12 +79,6 @@ def test_shapes_are_checked(change: dict[str, Tensor | None], message: str) -> N
         add(arguments() | change)
 
 
-@pytest.mark.parametrize("rows", [torch.tensor([[1]]), torch.tensor([1.0]), torch.tensor([True] * 6)])
-def test_rows_are_checked(rows: Tensor) -> None:
-    with pytest.raises(ValueError, match=r"rows \[R\] torch.int64"):
-        gather(arguments(), rows)
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, tests/gpu covers this")
 @pytest.mark.parametrize("mode", ["reference", "triton"])
 def test_compiles_without_graph_breaks(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,8 +93,7 @@ def test_compiles_without_graph_breaks(mode: str, monkeypatch: pytest.MonkeyPatc
         tokens, normed = ops.add_layer_norm(tokens, None, None, None, weight, bias, EPS)
         tokens, normed = ops.add_layer_norm(tokens, normed * branch, scale, gamma, weight, bias, EPS)
         tokens, normed = ops.add_layer_norm(tokens, normed * branch, None, None, weight, bias, EPS)
-        rows = torch.arange(1, 6, 2)
-        return ops.gather_layer_norm(tokens, normed, scale, rows, weight, bias, EPS).square().sum() + normed.sum()
+        return tokens.square().sum() + normed.square().sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     found = torch.autograd.grad(compiled(*given.values()), leaves)
