@@ -14,10 +14,10 @@ from personvit.runtime.memory import keep_freed_memory
 import torch
 assert sys.argv[1] == "default" or keep_freed_memory()
 for _ in range(12):  # until every block has found its place
-    torch.ones(6 << 20), torch.ones(7 << 20)  # 24 and 28 MiB
+    torch.ones(12 << 20)  # 48 MiB
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):
-    torch.ones(6 << 20), torch.ones(7 << 20)
+    torch.ones(12 << 20)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
