@@ -67,6 +67,8 @@ def _sdpa(qkv: Tensor, sequences: int, length: int) -> Tensor:
 
 
 def _bmm(qkv: Tensor, sequences: int, length: int) -> Tensor:
+    if length > BMM_LENGTH:
+        return _sdpa(qkv, sequences, length)
     _, _, heads, features = qkv.shape
     split = qkv.view(sequences, length, 3, heads, features).permute(2, 0, 3, 1, 4)
     q, k, v = split.reshape(3, sequences * heads, length, features).unbind()  # each [S * H, N, Dh], contiguous
@@ -74,13 +76,6 @@ def _bmm(qkv: Tensor, sequences: int, length: int) -> Tensor:
     wide = torch.promote_types(qkv.dtype, torch.float32)
     out = torch.bmm(scores.softmax(dim=-1, dtype=wide).to(qkv.dtype), v)
     return out.view(sequences, heads, length, features).transpose(1, 2).reshape(sequences * length, heads, features)
-
-
-def _bmm_refuses(qkv: Tensor, groups: Sequence[tuple[int, int]]) -> backend.Obstacle | None:
-    longest = max([0, *(length for _, length in groups)])
-    if longest > BMM_LENGTH:
-        return f"a sequence of {longest} tokens, its scores are kept whole up to {BMM_LENGTH}", "kernels.backend=auto"
-    return None
 
 
 def _xformers_packed(qkv: Tensor, groups: Sequence[tuple[int, int]]) -> Tensor:
@@ -151,8 +146,7 @@ backend.register(
                 "bmm",
                 _per_length(_bmm),
                 ("cpu",),
-                "torch bmm and softmax, one call per sequence length",
-                refuses=_bmm_refuses,
+                f"torch bmm and softmax up to {BMM_LENGTH} tokens, else scaled_dot_product_attention; per length",
             ),
             backend.Implementation(
                 "sdpa", _per_length(_sdpa), ("cpu", "cuda"), "torch scaled_dot_product_attention, one call per length"

@@ -1,4 +1,4 @@
-"""The Triton kernels of token assembly in the interpreter, against a float64 oracle and plain torch."""
+"""The Triton kernels of token assembly and choice in the interpreter, against a float64 oracle and plain torch."""
 
 from __future__ import annotations
 
@@ -199,3 +199,98 @@ def test_what_the_kernel_cannot_do_is_said(wrong: str) -> None:
     if not any(t.is_meta for t in [*given.floats(), *given.masks] if t is not None):  # those find only shapes
         with pytest.raises(UnsupportedInputError, match=message):
             tokens.assemble_tokens(*given)
+
+
+def gather(
+    function: Callable[[Tensor, Tensor], Tensor], stream: Tensor, rows: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Chosen rows, and the gradient of the stream for a sum with these weights."""
+    stream = stream.detach().requires_grad_()
+    out = function(stream, rows)
+    return out.detach(), torch.autograd.grad(out, stream, weight)[0]
+
+
+def compare_gather(total: int, width: int, rows: Tensor, dtype: torch.dtype) -> None:
+    """Nothing is computed, so every bit must agree with plain torch, of the gradient too."""
+    stream, weight = torch.randn(total, width).to(dtype), torch.randn(len(rows), width).to(dtype)
+    ours = gather(tokens.gather_rows, stream, rows, weight)
+    theirs = gather(lambda stream, rows: stream.index_select(0, rows), stream, rows, weight)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.dtype == dtype
+        assert torch.equal(mine, other)
+
+
+# The bits of bfloat16 are moved as they are: what the interpreter gets wrong of it takes no part here.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("total", "width"), [(70, 32), (16, 128), (17, 192), (300, 384), (9, 768), (1, 1024), (8, 33), (3, 3000)]
+)
+def test_gather(total: int, width: int, dtype: torch.dtype) -> None:
+    compare_gather(total, width, torch.randperm(total)[: (total + 1) // 2], dtype)
+
+
+@pytest.mark.parametrize("chosen", [[], [6], [3, 0, 6, 1, 5, 2, 4]], ids=["none", "one", "all"])
+def test_gather_of_no_one_and_all_rows(chosen: list[int]) -> None:
+    compare_gather(7, 192, torch.tensor(chosen, dtype=torch.int64), torch.float32)
+
+
+@pytest.mark.parametrize(("total", "width"), [(0, 32), (5, 0)])
+def test_gather_of_nothing(total: int, width: int) -> None:
+    compare_gather(total, width, torch.arange(total), torch.float32)
+
+
+def test_gather_of_more_rows_than_a_program_takes() -> None:
+    compare_gather(700, 4, torch.randperm(700)[:300], torch.float32)
+
+
+def test_rows_that_do_not_exist_are_seen_and_harm_nothing() -> None:
+    # The stream lies amid other values: a row read outside of it would not be NaN.
+    memory, rows = torch.randn(27, 48), torch.tensor([4, 2, 9, -1, 1 << 40, -(1 << 40)])
+    weight = torch.randn(6, 48)
+    found, gradient = gather(tokens.gather_rows, memory[9:18], rows, weight)
+    assert torch.equal(found[:2], memory[[13, 11]])
+    assert found[2:].isnan().all()
+    expected = torch.zeros(9, 48)
+    expected[[4, 2]] = weight[:2]
+    assert torch.equal(gradient, expected)
+
+
+def test_a_gradient_that_is_not_contiguous() -> None:
+    stream, rows = torch.randn(7, 48), torch.tensor([5, 0, 3])
+    (_, ours), (_, theirs) = (
+        gather(function, stream, rows, torch.randn(48, generator=torch.Generator().manual_seed(1)).expand(3, 48))
+        for function in (tokens.gather_rows, lambda stream, rows: stream.index_select(0, rows))
+    )
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("chosen", [[3, 0], []])
+@pytest.mark.parametrize("total", [5, 0])
+def test_opcheck_gather(chosen: list[int], total: int) -> None:
+    rows = torch.tensor(chosen if total else [], dtype=torch.int64)
+    stream = torch.randn(total, 32, requires_grad=True)
+    torch.library.opcheck(torch.ops.personvit.gather_rows.default, (stream, rows))
+    torch.library.opcheck(torch.ops.personvit.gather_rows_backward.default, (torch.randn(len(rows), 32), rows, total))
+
+
+@pytest.mark.parametrize(
+    ("stream", "rows", "message"),
+    [
+        (torch.randn(32, 6).t(), torch.arange(2), "strides"),
+        (torch.randn(6, 32, dtype=torch.float64), torch.arange(2), "float64"),
+        (torch.randn(2, 3, 32), torch.arange(2), r"\[2, 3, 32\]"),
+        (torch.randn(6, 32), torch.arange(2, dtype=torch.int32), "int32"),
+        (torch.randn(6, 32), torch.tensor([[1, 2]]), "a list of rows"),
+        (torch.randn(6, 32), torch.arange(6)[::2], "strides"),
+        (torch.randn(6, 32), torch.arange(6)[1:], "16 bytes"),
+        (torch.randn(6, 32, device="meta"), torch.arange(2), "on meta"),
+        (torch.randn(6, 32), torch.arange(2, device="meta"), "on meta"),
+    ],
+)
+def test_what_gather_cannot_do_is_said(stream: Tensor, rows: Tensor, message: str) -> None:
+    reason, remedy = tokens.refuses_gather_rows(stream, rows)
+    assert re.search(message, reason)
+    assert remedy
+    if not (stream.is_meta or rows.is_meta):  # those find only shapes
+        with pytest.raises(UnsupportedInputError, match=message):
+            tokens.gather_rows(stream, rows)

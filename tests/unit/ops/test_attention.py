@@ -22,7 +22,7 @@ def test_packed_equals_unpacked() -> None:
     qkv = torch.randn(4 * 7, 3, 2, 8)
     q, k, v = qkv.view(4, 7, 3, 2, 8).permute(2, 0, 3, 1, 4)
     expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(28, 2, 8)
-    assert torch.equal(ops.packed_attention(qkv, [(4, 7)]), expected)
+    torch.testing.assert_close(ops.packed_attention(qkv, [(4, 7)]), expected)
 
 
 def test_non_contiguous_stream() -> None:

@@ -23,7 +23,9 @@ NATIVE = [
     "rerank_lists",
     "rerank_matrix",
 ]
-ALL = sorted([*NATIVE, "packed_attention"])
+PLAIN = ["adamw_ema", "add_layer_norm", "assemble_tokens", "distill_cross_entropy", "gather_rows"]
+"""Triton kernels on CUDA, plain torch on a CPU."""
+ALL = sorted([*NATIVE, *PLAIN, "packed_attention"])
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +42,7 @@ def no_extension(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_auto_takes_the_fast_ones_on_the_cpu() -> None:
     rows = {row.op: row.backend for row in ops.report("cpu")}
-    assert rows == {"packed_attention": "sdpa"} | dict.fromkeys(NATIVE, "native")
+    assert rows == {"packed_attention": "bmm"} | dict.fromkeys(PLAIN, "reference") | dict.fromkeys(NATIVE, "native")
     assert [row.op for row in ops.report("cpu")] == ALL
 
 
@@ -84,7 +86,7 @@ def test_fused_without_cuda_says_what_runs(caplog: pytest.LogCaptureFixture) -> 
         ops.set_backend("fused")
     message = caplog.records[0].getMessage()
     assert "Triton kernels are off" in message
-    for expected in ("packed_attention: sdpa", "block_masks: native", "knn: native"):
+    for expected in ("packed_attention: bmm", "add_layer_norm: reference", "block_masks: native", "knn: native"):
         assert expected in message
 
 

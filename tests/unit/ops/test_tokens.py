@@ -70,6 +70,39 @@ def test_shapes_are_checked(message: str) -> None:
         ops.assemble_tokens(*WRONG[message](*arguments()))
 
 
+def test_gather_is_a_choice_in_order_and_its_gradient_is_zero_elsewhere() -> None:
+    tokens = torch.randn(6, 32, requires_grad=True)
+    rows = torch.tensor([5, 0, 2])
+    found = ops.gather_rows(tokens, rows)
+    assert torch.equal(found, torch.stack([tokens[5], tokens[0], tokens[2]]))
+    weight = torch.randn(3, 32)
+    (gradient,) = torch.autograd.grad(found, tokens, weight)
+    assert torch.equal(gradient[rows], weight)
+    assert not gradient[[1, 3, 4]].any()
+
+
+def test_gather_of_no_rows_and_of_rows_that_do_not_exist() -> None:
+    tokens = torch.randn(6, 32)
+    assert ops.gather_rows(tokens, torch.tensor([], dtype=torch.int64)).shape == (0, 32)
+    for row in (6, -1):
+        with pytest.raises(IndexError):
+            ops.gather_rows(tokens, torch.tensor([0, row]))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows"),
+    [
+        (torch.randn(6, 32), torch.tensor([[1]])),
+        (torch.randn(6, 32), torch.tensor([1.0])),
+        (torch.randn(6, 32), torch.tensor([True] * 6)),
+        (torch.randn(2, 3, 32), torch.tensor([1])),
+    ],
+)
+def test_what_gather_takes_is_checked(tokens: Tensor, rows: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"tokens \[T, D\] and rows \[R\] torch.int64, got \["):
+        ops.gather_rows(tokens, rows)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, tests/gpu covers this")
 @pytest.mark.parametrize("mode", ["reference", "triton"])
 def test_compiles_without_graph_breaks(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +114,8 @@ def test_compiles_without_graph_breaks(mode: str, monkeypatch: pytest.MonkeyPatc
     leaves = [t.requires_grad_() for t in (*patches, masked_embed, cls_token, *positions)]
 
     def loss(a: Tensor, b: Tensor, mask: Tensor, embed: Tensor, cls: Tensor, table: Tensor, small: Tensor) -> Tensor:
-        return ops.assemble_tokens([a, b], [mask, None], embed, cls, [table, small]).square().sum()
+        stream = ops.assemble_tokens([a, b], [mask, None], embed, cls, [table, small])
+        return stream.square().sum() + ops.gather_rows(stream, torch.arange(1, len(stream), 2)).pow(3).sum()
 
     given = (*patches, masks[0], masked_embed, cls_token, *positions)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
