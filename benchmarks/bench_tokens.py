@@ -1,13 +1,13 @@
-"""Token assembly, residual sum + LayerNorm, and the final norm of chosen rows: fused against what PyTorch offers.
+"""Token assembly, residual sum + LayerNorm, and the choice of rows: fused against what PyTorch offers.
 
 python benchmarks/bench_tokens.py                 on a GPU: the shapes of a step of 128 images, ViT-S and ViT-B
 python benchmarks/bench_tokens.py --warm          inputs may lie in the L2 cache (default: it is overwritten first)
 python benchmarks/bench_tokens.py --no-compile    without the torch.compile baseline
 
 Baselines: the same work in plain torch, as the model did it before these operators (where, cat, add; add, layer_norm;
-the norm of all rows, then index_select), and torch.compile of that. The floor is the bytes that must move, each once,
-at the rate of a large copy. Parity with float64 is checked first. Rows are appended to benchmarks/results/tokens.jsonl;
-on a CPU, with tiny shapes, to tokens_cpu.jsonl.
+index_select, whose backward fills with zeros and adds), and torch.compile of that. The floor is the bytes that must
+move, each once, at the rate of a large copy. Parity with float64 is checked first. Rows are appended to
+benchmarks/results/tokens.jsonl; on a CPU, with tiny shapes, to tokens_cpu.jsonl.
 """
 
 from __future__ import annotations
@@ -83,12 +83,8 @@ def fused_add(tokens: Tensor, branch: Tensor, scale: Tensor, weight: Tensor, bia
     return ops.add_layer_norm(tokens, branch, scale, None, weight, bias, EPS, low_type(tokens))
 
 
-def plain_gather(tokens: Tensor, branch: Tensor, scale: Tensor, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return plain_add(tokens, branch, scale, weight, bias)[1].index_select(0, rows)
-
-
-def fused_gather(tokens: Tensor, branch: Tensor, scale: Tensor, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return ops.gather_layer_norm(tokens, branch, scale, rows, weight, bias, EPS, low_type(tokens))
+def plain_gather(tokens: Tensor, rows: Tensor) -> Tensor:
+    return tokens.index_select(0, rows)
 
 
 def cases(model: str, images: int, device: str) -> list[Case]:
@@ -121,9 +117,8 @@ def cases(model: str, images: int, device: str) -> list[Case]:
             stream * (4 + 2 + 4 + 2), stream * (4 + 2 + 4 + 4 + 2),  # d stream, d normed, stream; d tokens, d branch
         ),
         Case(
-            "gather_layer_norm", model, [total, chosen, width], fused_gather, plain_gather,
-            [tokens, branch, scale, rows, weight, bias],
-            chosen * width * (4 + 2 + 2), chosen * width * (4 + 2 + 2) + stream * (4 + 2),
+            "gather_rows", model, [total, chosen, width], ops.gather_rows, plain_gather, [tokens, rows],
+            chosen * width * (4 + 4), chosen * width * 4 + stream * 4,
         ),
     ]  # fmt: skip
 

@@ -16,14 +16,12 @@ from torch import Tensor
 
 from personvit.kernels import inputs
 from personvit.kernels.aot import Build
-from personvit.kernels.gather import builds as gather_builds
-from personvit.kernels.gather import gather_layer_norm, refuses_gather_layer_norm
 from personvit.kernels.rows import (
     BACKWARD_REGISTERS,
     FORWARD_REGISTERS,
+    MAX_WIDTH,
     programs_of,
     pull_back,
-    refuses,
     row_build,
     statistics,
     sum_builds,
@@ -31,14 +29,6 @@ from personvit.kernels.rows import (
     tile_of,
     warps_of,
 )
-
-__all__ = [
-    "add_layer_norm",
-    "builds",
-    "gather_layer_norm",
-    "refuses_add_layer_norm",
-    "refuses_gather_layer_norm",
-]
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -130,7 +120,33 @@ def refuses_add_layer_norm(
     dtype: torch.dtype,
 ) -> inputs.Obstacle | None:
     """Why `add_layer_norm` cannot compute these: (reason, remedy), or None."""
-    return refuses(tokens, branch, scale, dtype, gamma=gamma, weight=weight, bias=bias)
+    vectors = {"gamma": gamma, "weight": weight, "bias": bias}
+    given = {"tokens": tokens, "branch": branch, **vectors}
+    tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
+    for name, tensor in tensors.items():
+        obstacle = inputs.layout(name, tensor)
+        if obstacle is not None:
+            return obstacle
+    if tokens.dim() != 2 or not 1 <= tokens.shape[1] <= MAX_WIDTH:
+        return f"tokens of shape {list(tokens.shape)}: [T, D], D from 1 to {MAX_WIDTH}", "kernels.backend=auto"
+    if branch is not None and branch.shape != tokens.shape:
+        return f"branch of shape {list(branch.shape)}, tokens {list(tokens.shape)}", "pass equal shapes"
+    for name, vector in vectors.items():
+        if vector is not None and vector.shape != tokens.shape[1:]:
+            return f"{name} of shape {list(vector.shape)}, tokens are {tokens.shape[1]} wide", f"{name}.flatten()"
+    if scale is not None:
+        if branch is None:
+            return "scale multiplies a branch, and there is none", "pass scale=None"
+        # A view of the factors of all blocks, which starts anywhere: no alignment is asked of it.
+        if scale.dtype != torch.float32 or not scale.is_contiguous() or scale.shape != tokens.shape[:1]:
+            seen = f"scale {list(scale.shape)} {scale.dtype} with strides {list(scale.stride())}"
+            return seen, f"contiguous [{tokens.shape[0]}] float32"
+        tensors["scale"] = scale
+    if dtype not in inputs.FLOATS:
+        return f"{dtype} was asked for, the kernel writes {', '.join(map(str, inputs.FLOATS))}", "one of these"
+    if len({tensor.device for tensor in tensors.values()}) > 1:
+        return "tensors on several devices", "move all to one with .to()"
+    return None
 
 
 def _add_outputs(tokens: Tensor, branch: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -269,7 +285,7 @@ def add_layer_norm(
 
 def builds() -> list[Build]:
     """Every shipped configuration of the norms, residual stream in float32."""
-    found = gather_builds()
+    found = sum_builds()
     for width in (384, 768):
         for kind, low in (("bf16 branch, fp32 stream", "bf16"), ("fp32", "fp32")):
             both = {
@@ -289,4 +305,4 @@ def builds() -> list[Build]:
                     f"{add} backward, no gamma", _add_norm_backward, backward, width, BACKWARD_REGISTERS, "gamma branch"
                 ),
             ]
-    return found + sum_builds()
+    return found

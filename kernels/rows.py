@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from personvit.kernels import inputs
 from personvit.kernels.aot import Build
 
 MAX_WIDTH = 2048
@@ -97,38 +96,6 @@ def programs_of(count: int, tile: dict[str, int]) -> tuple[int, int]:
     tiles = triton.cdiv(count, tile["ROWS"])
     programs = min(RESIDENT_WARPS // warps_of(tile), tiles)
     return programs, triton.cdiv(tiles, programs)
-
-
-def refuses(
-    tokens: Tensor, branch: Tensor | None, scale: Tensor | None, dtype: torch.dtype, **vectors: Tensor | None
-) -> inputs.Obstacle | None:
-    """What both operators ask: whole rows, `scale` a float32 a row, `vectors` a value a column; all on one device."""
-    given = {"tokens": tokens, "branch": branch, **vectors}
-    tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
-    for name, tensor in tensors.items():
-        obstacle = inputs.layout(name, tensor)
-        if obstacle is not None:
-            return obstacle
-    if tokens.dim() != 2 or not 1 <= tokens.shape[1] <= MAX_WIDTH:
-        return f"tokens of shape {list(tokens.shape)}: [T, D], D from 1 to {MAX_WIDTH}", "kernels.backend=auto"
-    if branch is not None and branch.shape != tokens.shape:
-        return f"branch of shape {list(branch.shape)}, tokens {list(tokens.shape)}", "pass equal shapes"
-    for name, tensor in vectors.items():
-        if tensor is not None and tensor.shape != tokens.shape[1:]:
-            return f"{name} of shape {list(tensor.shape)}, tokens are {tokens.shape[1]} wide", f"{name}.flatten()"
-    if scale is not None:
-        if branch is None:
-            return "scale multiplies a branch, and there is none", "pass scale=None"
-        # A view of the factors of all blocks, which starts anywhere: no alignment is asked of it.
-        if scale.dtype != torch.float32 or not scale.is_contiguous() or scale.shape != tokens.shape[:1]:
-            seen = f"scale {list(scale.shape)} {scale.dtype} with strides {list(scale.stride())}"
-            return seen, f"contiguous [{tokens.shape[0]}] float32"
-        tensors["scale"] = scale
-    if dtype not in inputs.FLOATS:
-        return f"{dtype} was asked for, the kernel writes {', '.join(map(str, inputs.FLOATS))}", "one of these"
-    if len({tensor.device for tensor in tensors.values()}) > 1:
-        return "tensors on several devices", "move all to one with .to()"
-    return None
 
 
 def row_build(name: str, kernel: Any, signature: dict[str, str], width: int, registers: int, absent: str = "") -> Build:

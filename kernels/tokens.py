@@ -17,7 +17,11 @@ from torch import Tensor
 
 from personvit.kernels import inputs
 from personvit.kernels.aot import Build
+from personvit.kernels.gather import builds as gather_builds
+from personvit.kernels.gather import gather_rows, refuses_gather_rows
 from personvit.kernels.rows import WARPS, sum_partials
+
+__all__ = ["assemble_tokens", "builds", "gather_rows", "refuses", "refuses_gather_rows"]
 
 TILE = (32, 64)
 """Patches x columns: whole 64-byte sectors in both layouts of the patches, and no idle lanes at 32 or 128 patches."""
@@ -335,8 +339,8 @@ def assemble_tokens(
 
 
 def builds() -> list[Build]:
-    """Every shipped configuration: both resolutions of the published recipes, both layouts of the patches."""
-    return [
+    """Every shipped configuration: both resolutions of the published recipes, both layouts of the patches; gathers."""
+    return gather_builds() + [
         build
         for width in (384, 768)
         for low in ("bf16", "fp32")

@@ -1,4 +1,4 @@
-"""Token assembly on CUDA, compiled: bfloat16 as in training, sizes of training, graphs, memory past 31 bits."""
+"""Assembly and choice of tokens on CUDA, compiled: types and sizes of training, graphs, memory past 31 bits."""
 
 from __future__ import annotations
 
@@ -104,3 +104,73 @@ def test_opcheck(turned: bool) -> None:
     leaves = [t.detach().requires_grad_() for t in patches]
     given = (leaves, masks[:1], [0, -1], embed.requires_grad_(), cls_token, positions)
     torch.library.opcheck(torch.ops.personvit.assemble_tokens.default, given)
+
+
+def gather(
+    function: Callable[[Tensor, Tensor], Tensor], stream: Tensor, rows: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Chosen rows, and the gradient of the stream for a sum with these weights."""
+    stream = stream.detach().requires_grad_()
+    out = function(stream, rows)
+    return out.detach(), torch.autograd.grad(out, stream, weight)[0]
+
+
+def gather_arguments(total: int, width: int, dtype: torch.dtype, chosen: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Stream, rows and weights of a loss."""
+    rows = torch.randperm(total, device="cuda")[:chosen]
+    stream, weight = (torch.randn(n, width, device="cuda").to(dtype) for n in (total, chosen))
+    return stream, rows, weight
+
+
+def plain_gather(stream: Tensor, rows: Tensor) -> Tensor:
+    return stream.index_select(0, rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("total", "width", "chosen"),
+    [(66816, 384, 6180), (66816, 768, 6180), (1023, 192, 1023), (129, 33, 1), (7, 128, 0), (1, 3000, 1)],
+)
+def test_gather_is_exact(total: int, width: int, chosen: int, dtype: torch.dtype) -> None:
+    arguments = gather_arguments(total, width, dtype, chosen)
+    for mine, other in zip(gather(tokens.gather_rows, *arguments), gather(plain_gather, *arguments), strict=True):
+        assert mine.dtype == dtype
+        assert torch.equal(mine, other)
+
+
+def test_rows_that_do_not_exist() -> None:
+    rows = torch.tensor([4, 9, -1, 1 << 40], device="cuda")
+    found, gradient = gather(
+        tokens.gather_rows, torch.randn(9, 48, device="cuda"), rows, torch.ones(4, 48, device="cuda")
+    )
+    assert found[0].isfinite().all()
+    assert found[1:].isnan().all()
+    assert gradient.sum(1).tolist() == [0, 0, 0, 0, 48, 0, 0, 0, 0]
+
+
+def test_gather_of_more_elements_than_31_bits_count() -> None:
+    total, width = 2_200_000, 1024
+    stream = torch.zeros(total, width, device="cuda", dtype=torch.bfloat16)
+    stream[-3:] = torch.randn(3, width, device="cuda")
+    rows = torch.tensor([total - 1, 0, total - 3], device="cuda")
+    weight = torch.randn(3, width, device="cuda").bfloat16()
+    found, gradient = gather(tokens.gather_rows, stream, rows, weight)
+    assert torch.equal(found, stream[rows])
+    assert torch.equal(gradient[rows], weight)
+    assert gradient.any(1).sum() == 3
+
+
+def test_gather_in_a_graph_and_under_inductor() -> None:
+    stream, rows, weight = gather_arguments(1000, 384, torch.bfloat16, 100)
+    expected = gather(tokens.gather_rows, stream, rows, weight)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = tokens.gather_rows(stream, rows)
+    found.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(found, expected[0])
+    compiled = torch.compile(tokens.gather_rows, fullgraph=True)
+    assert all(map(torch.equal, gather(compiled, stream, rows, weight), expected))
+    leaf = stream.requires_grad_()
+    torch.library.opcheck(torch.ops.personvit.gather_rows.default, (leaf, rows))
