@@ -107,6 +107,7 @@ def reference(
     scaled = list(gradients)
     if coefficients is not None:
         scaled = list(torch._foreach_mul(scaled, list(coefficients.unbind())))
+    on_cpu = all(parameter.device.type == "cpu" for parameter in parameters)
     for weight_decay in dict.fromkeys(weight_decays):
         members = [index for index, decay in enumerate(weight_decays) if decay == weight_decay]
         adamw(
@@ -116,7 +117,9 @@ def reference(
             [exp_avg_sqs[i] for i in members],
             max_exp_avg_sqs=[],
             state_steps=[torch.tensor(float(steps[i]) - 1) for i in members],  # it counts this step itself
-            foreach=True,
+            # On a CPU torch's fused kernel takes a seventh of the time; on CUDA it would want its counts on the device.
+            fused=on_cpu,
+            foreach=not on_cpu,
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,
