@@ -22,7 +22,7 @@ LIMIT, MOMENTUM = 0.5, 0.99
 class Run:
     """A student, its teacher (which lacks the last bias), and an AdamW."""
 
-    def __init__(self, fused=True):
+    def __init__(self, fused=True, **options):
         torch.manual_seed(0)
         self.student = torch.nn.Sequential(torch.nn.Linear(7, 19), torch.nn.GELU(), torch.nn.Linear(19, 5))
         self.student[0].bias.requires_grad_(False)  # as the prototypes' norms: never trained, followed all the same
@@ -30,7 +30,7 @@ class Run:
         averages = dict(self.teacher.named_parameters())
         del averages["2.bias"]
         self.teacher_of = {p: averages[name] for name, p in self.student.named_parameters() if name in averages}
-        self.optimizer = torch.optim.AdamW(param_groups(self.student), lr=1e-3, weight_decay=0.04, fused=fused)
+        self.optimizer = torch.optim.AdamW(param_groups(self.student), lr=1e-3, weight_decay=0.04, fused=fused, **options)
 
     def backward(self, step):
         torch.manual_seed(step)
