@@ -183,6 +183,17 @@ def kernels(rows: list[Row]) -> Iterable[str]:
     yield from grid(head, lines())
 
 
+def rates(rows: list[Row]) -> Iterable[str]:
+    """Images of a second."""
+
+    def lines() -> Iterable[list[str]]:
+        for row in rows:
+            name = row["op"] if row["backend"] in row["op"] else f"{row['op']} ({row['backend']})"
+            yield [name, f"{row['shape'][0]:,}", time_text(row["p50"]), f"{row['per_s']:,.0f}", gib(row), row["commit"]]
+
+    yield from grid(["work", "images", "median", "images/s", "GiB", "commit"], lines())
+
+
 SECTIONS = (
     Section(
         "Retrieval",
@@ -199,6 +210,13 @@ SECTIONS = (
         "The stages of sets do a fixed amount of work for an image, in proportion to the entries of its encoding\n"
         "(last column: before and after query expansion), at places all over tables that grow with N.",
         curve,
+    ),
+    Section(
+        "Image sources",
+        "sources.jsonl",
+        "bench_sources.py",
+        "Generated JPEGs of 64x128 pixels; GiB are above the start.",
+        rates,
     ),
     Section(
         "Pre-training step on a CPU",

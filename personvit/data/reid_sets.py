@@ -58,6 +58,8 @@ class ReIDSet:
         query: searched for, original identities.
         gallery: searched in, original identities; pid 0 marks distractors in Market-1501.
         root: folder of the set.
+        train_pids: original identities of the training images, ascending; empty where they are numbered apart from
+            those of query and gallery (MSMT17).
     """
 
     name: str
@@ -65,6 +67,7 @@ class ReIDSet:
     query: ReIDSplit
     gallery: ReIDSplit
     root: str
+    train_pids: tuple[int, ...] = ()
 
     def table(self) -> str:
         """Identities, images and cameras of the splits as text, beside the published counts where there are any."""
@@ -81,18 +84,33 @@ class ReIDSet:
 
 
 def open_reid_set(name: str, root: str | Path, *, keep_same_camera: bool = False) -> ReIDSet:
+    """`read_reid_set`, which must be fit for evaluation.
+
+    Args:
+        name: as there.
+        root: as there.
+        keep_same_camera: gallery images of the query's own camera count as matches (protocol keep).
+
+    Raises:
+        ConfigError: unknown name.
+        DataError: as there, or no query that has a true match in the gallery.
+    """
+    result = read_reid_set(name, root)
+    _check_queries(result, keep_same_camera)
+    return result
+
+
+def read_reid_set(name: str, root: str | Path) -> ReIDSet:
     """Read the split of a labelled set from its folder and file names. No image is opened.
 
     Args:
         name: market1501, dukemtmcreid, occluded_duke, msmt17, generated (the layout of market1501), or auto (by what
             lies in `root`).
         root: folder of the set, or the folder above it.
-        keep_same_camera: gallery images of the query's own camera count as matches (protocol keep).
 
     Raises:
         ConfigError: unknown name.
-        DataError: no such layout, a file name without identity and camera, an empty split, or no query that has a
-            true match in the gallery.
+        DataError: no such layout, a file name without identity and camera, or an empty split.
     """
     names = ("auto", "generated", *LAYOUT_FOLDERS)
     if name not in names:
@@ -102,9 +120,7 @@ def open_reid_set(name: str, root: str | Path, *, keep_same_camera: bool = False
         raise DataError(f"data.root={root}: no such folder. Give the folder that holds query/ or list_query.txt.")
     if name == "auto":
         name = "msmt17" if (folder / "list_query.txt").is_file() else "market1501"
-    result = _read_msmt17(folder) if name == "msmt17" else _read_market_family(name, folder)
-    _check_queries(result, keep_same_camera)
-    return result
+    return _read_msmt17(folder) if name == "msmt17" else _read_market_family(name, folder)
 
 
 def _read_market_family(name: str, root: Path) -> ReIDSet:
@@ -115,13 +131,15 @@ def _read_market_family(name: str, root: Path) -> ReIDSet:
                 f"and, for training, bounding_box_train/, with names like 0002_c1s1_000451_03.jpg. For images without "
                 f"labels use personvit pretrain."
             )
-    train = root / "bounding_box_train"
+    folder = root / "bounding_box_train"
+    train = _read_folder(folder) if folder.is_dir() else _split([], _parse_market)
     return ReIDSet(
         name=name,
-        train=_relabelled(_read_folder(train) if train.is_dir() else _split([], _parse_market)),
+        train=_relabelled(train),
         query=_read_folder(root / "query"),
         gallery=_read_folder(root / "bounding_box_test"),
         root=str(root),
+        train_pids=tuple(np.unique(train.pids).tolist()),
     )
 
 

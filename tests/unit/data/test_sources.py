@@ -193,3 +193,75 @@ def test_named_layout_without_training_folder(tmp_path, write_image):
 def test_unknown_name():
     with pytest.raises(ConfigError, match=r"data\.name=lup .*market1501"):
         open_source(DataConfig(name="lup", root="x"))
+
+
+def test_the_walk_is_in_the_order_of_the_bytes_of_whole_paths(tmp_path):
+    names = [
+        "a.jpg",
+        "a/z.jpg",
+        "a/b/1.jpg",
+        "a-b/1.jpg",
+        "a b/ü.jpg",
+        "ab.jpg",
+        "a/b.jpg",
+        "B/1.png",
+        "a0/1.jpg",
+        "é/x y.jpg",
+    ]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert relative_paths(FolderSource(tmp_path)) == sorted(names, key=os.fsencode)
+
+
+def test_thousands_of_empty_folders(tmp_path, write_image):
+    for number in range(3000):
+        (tmp_path / "root" / f"{number:05}").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"no image .*3,001 folders"):
+        FolderSource(tmp_path / "root")
+    write_image(tmp_path / "root" / "02999" / "x.jpg", 0)
+    assert relative_paths(FolderSource(tmp_path / "root")) == ["02999/x.jpg"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may list everything")
+def test_a_folder_without_permission_is_named(tmp_path, write_image):
+    write_image(tmp_path / "shut" / "x.jpg", 0)
+    (tmp_path / "shut").chmod(0)
+    with pytest.raises(DataError, match="shut: cannot be listed"):
+        FolderSource(tmp_path)
+    (tmp_path / "shut").chmod(0o700)
+
+
+def test_lists_longer_than_a_block(tmp_path, monkeypatch):
+    monkeypatch.setattr("personvit.data.path_sources._BLOCK", 64)
+    monkeypatch.setattr("personvit.data.path_sources._BATCH", 7)
+    names = [f"{number}/" + "n" * (number % 90) + ".jpg" for number in range(200)]
+    (tmp_path / "0").mkdir()
+    (tmp_path / names[0]).touch()
+    (tmp_path / "l.txt").write_bytes("\r\n".join(names).encode())
+    assert relative_paths(ListSource(tmp_path / "l.txt")) == names
+    (tmp_path / "l.txt").write_text("\n".join([*names, "../out.jpg"]))
+    with pytest.raises(DataError, match="line 201: "):
+        ListSource(tmp_path / "l.txt")
+
+
+def test_four_million_paths_cost_no_objects(tmp_path):
+    """Scaled down: memory after opening is that of the text, not of as many Python objects."""
+    import tracemalloc
+
+    count = 200_000
+    (tmp_path / "0.jpg").touch()
+    (tmp_path / "l.txt").write_text("0.jpg\n" + "".join(f"00_00_{n:04}_{n:08}.jpg\n" for n in range(count)))
+    tracemalloc.start()
+    source = ListSource(tmp_path / "l.txt")
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(source) == count + 1
+    assert kept < 40 * count  # 24 bytes of name, 8 of offset, room to grow
+    assert peak < kept + (16 << 20)
+
+
+def test_formats_that_start_other_programs_are_refused(tmp_path):
+    (tmp_path / "x.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
+    with pytest.raises(DataError, match=r"x\.jpg: cannot be read as an image \(not of a known format"):
+        FolderSource(tmp_path).load(0)

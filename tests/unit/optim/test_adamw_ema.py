@@ -30,7 +30,8 @@ class Run:
         averages = dict(self.teacher.named_parameters())
         del averages["2.bias"]
         self.teacher_of = {p: averages[name] for name, p in self.student.named_parameters() if name in averages}
-        self.optimizer = torch.optim.AdamW(param_groups(self.student), lr=1e-3, weight_decay=0.04, fused=fused, **options)
+        groups = param_groups(self.student)
+        self.optimizer = torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.04, fused=fused, **options)
 
     def backward(self, step):
         torch.manual_seed(step)
