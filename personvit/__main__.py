@@ -22,7 +22,7 @@ _VERBS = {
     "calibrate": "choose a distance threshold",
     "export": "write a backbone for other runtimes",
     "visualize": "figures of a run or a model",
-    "data": "generate persons, check a data set",
+    "data": "generate persons, check a data set, pack it into tar shards",
     "demo": "pre-train on generated persons, evaluate, draw the result",
     "env": "what is on, what is off, why, and how to switch it on",
 }
