@@ -118,9 +118,9 @@ class ShardSource:
         """Descriptors mean nothing in another process."""
         return {**self.__dict__, "_descriptors": {}}
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # at exit the module may be gone before
         for descriptor in self.__dict__.get("_descriptors", {}).values():
-            os.close(descriptor)
+            close(descriptor)
 
 
 def _members(tar: Path) -> TarMembers:
