@@ -57,11 +57,17 @@ class DataConfig:
     root: str | None = None
     """Folder, or text file of paths. None: generated persons in the cache folder."""
     loader: str = "auto"
-    """auto or torchvision."""
+    """auto, dali-gpu, dali-cpu or torchvision. auto: the first of them that can run here."""
     num_workers: int = -1
-    """Reader processes per rank; -1: the cores available to this process, at most 16, less one. 0: none."""
+    """torchvision: reader processes per rank; -1: the cores available, at most 16, less one. 0: none."""
+    threads: int = -1
+    """DALI: threads per rank that decode, and as many that read files; -1: the cores available, at most 16."""
     prefetch: int = 2
-    """Batches each reader keeps ready."""
+    """Batches each reader process (torchvision) or the loader (DALI) keeps ready."""
+    decode: str = "auto"
+    """DALI: where JPEGs are decoded: cpu, or mixed (nvJPEG; dali-gpu only). auto: mixed on a GPU."""
+    hw_decoder_load: float = 0.65
+    """DALI, mixed: share of the JPEGs for the hardware decoder of GPUs that have one (DALI's default)."""
     probe_root: str | None = None
     """Labelled set (Market-1501 layout) for the periodic retrieval probe. None: the generated persons', if used."""
     generated_train: int = 8000
@@ -71,7 +77,15 @@ class DataConfig:
     generated_seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_choice("data.loader", self.loader, ("auto", "torchvision"))
+        _check_choice("data.loader", self.loader, ("auto", "dali-gpu", "dali-cpu", "torchvision"))
+        _check_choice("data.decode", self.decode, ("auto", "cpu", "mixed"))
+        _check(self.threads == -1 or self.threads >= 1, "data.threads", self.threads, "1 or more, or -1")
+        _check(0 <= self.hw_decoder_load <= 1, "data.hw_decoder_load", self.hw_decoder_load, "a share in [0, 1]")
+        if self.decode == "mixed" and self.loader in ("dali-cpu", "torchvision"):
+            raise ConfigError(
+                f"data.decode=mixed decodes on a GPU, but data.loader={self.loader} does not use one. Use "
+                f"data.loader=dali-gpu, or leave data.decode out."
+            )
         _check(self.num_workers >= -1, "data.num_workers", self.num_workers, "-1 or more")
         _check(self.prefetch >= 1, "data.prefetch", self.prefetch, "1 or more")
         _check(self.generated_train >= 1, "data.generated_train", self.generated_train, "1 or more")

@@ -65,7 +65,7 @@ class BlockMaskGenerator:
         if self.cfg.shape == "block":
             wanted = torch.from_numpy(targets.astype(np.float32))
             return ops.block_masks(wanted, height, width, place, first=first, aspect=self.cfg.aspect)
-        keys = _uniform(count, height * width, place, first)
+        keys = uniform_rows(count, height * width, place, first)
         # A cell's rank among random keys is a random permutation of the cells; ties of 53-bit keys do not occur.
         ranks = keys.argsort(axis=1).argsort(axis=1)
         masks = ranks < targets.astype(np.int64)[:, None]
@@ -73,13 +73,13 @@ class BlockMaskGenerator:
 
     def ratios(self, count: int, seed: int, first: int = 0) -> np.ndarray:
         """Wanted share of masked patches of each crop, [count] float64."""
-        draws = _uniform(count, 2, stream_seed(seed, _RATIO), first)
+        draws = uniform_rows(count, 2, stream_seed(seed, _RATIO), first)
         pair = (draws[:, 0] * len(self._mean)).astype(np.int64)
         ratios: np.ndarray = self._mean[pair] + self._half_width[pair] * (2 * draws[:, 1] - 1)
         return ratios
 
 
-def _uniform(rows: int, columns: int, seed: int, first: int) -> np.ndarray:
+def uniform_rows(rows: int, columns: int, seed: int, first: int) -> np.ndarray:
     """[rows, columns] float64 in [0, 1), row i a function of (seed, first + i): Philox counts in blocks of 4."""
     blocks = -(-columns // 4)
     generator = np.random.Philox(key=seed)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import random
 from unittest import mock
 
@@ -7,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms import v2
 
 from personvit.config import CropsConfig
 from personvit.data import MultiCrop, crops
-from personvit.data.crops import crop_box
+from personvit.data.views import draw_views
 
 PLAIN = {"flip": 0.0, "jitter_probability": 0.0, "grayscale": 0.0, "blur": (0.0, 0.0, 0.0), "solarize": (0.0, 0.0, 0.0)}
 SMALL = {"global_size": (32, 16), "local_size": (16, 8)}
@@ -107,83 +107,41 @@ def test_flip_mirrors():
         assert (sign * view[0, 0].diff()).median() > 0
 
 
-def test_jitter_draws_from_the_published_ranges(noise):
-    seen: dict[str, list[float]] = {}
-    orders = set()
-    names = ("brightness", "contrast", "saturation", "hue")
+def test_operations_run_in_the_order_and_with_the_factors_that_were_drawn(noise):
+    """Against spies: every drawn factor reaches its operation, in the drawn order, only where it was drawn."""
+    cfg = CropsConfig(global_size=(4, 2), local_size=(2, 1), local_crops=2)
+    make = MultiCrop(cfg)
+    done: list[tuple] = []
 
     def spy(name):
-        def adjust(image, factor):
-            seen.setdefault(name, []).append(factor)
-            current.append(name)
-            return image
-
-        return adjust
-
-    with mock.patch.multiple(crops.F, **{f"adjust_{name}": spy(name) for name in names}):
-        for seed in range(2000):
-            current: list[str] = []
-            crops._jitter(noise, (0.4, 0.4, 0.2, 0.1), random.Random(seed))
-            orders.add(tuple(current))
-    assert len(orders) == 24
-    for name, (low, high) in zip(names, ((0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1)), strict=True):
-        values = np.array(seen[name])
-        assert low <= values.min() < low + 0.01 * (high - low)
-        assert high - 0.01 * (high - low) < values.max() <= high
-        assert values.mean() == pytest.approx((low + high) / 2, abs=0.03 * (high - low))
-
-
-def test_rates_of_every_operation_by_view():
-    """Share of the seeds for which each operation runs, counted by the view in which it runs."""
-    counts = np.zeros((3, 5))  # view x (flip, jitter, grey, blur, solarize)
-    image = Image.new("RGB", (4, 8))
-    make = MultiCrop(CropsConfig(global_size=(2, 1), local_size=(2, 1), local_crops=1))
-    view = 0
-
-    def spy(column):
         def operation(image, *args, **kwargs):
-            counts[view, column] += 1
+            done.append((name, *args))
             return image
 
         return operation
 
-    spies = {"horizontal_flip": spy(0), "rgb_to_grayscale": spy(2), "solarize": spy(4)}
-    draws = 3000
+    factors = ("brightness", "contrast", "saturation", "hue")
+    others = {name: spy(name) for name in ("resized_crop", "horizontal_flip", "solarize")}
+    colours = {f"adjust_{name}": spy(name) for name in factors}
+    drawn = draw_views(cfg, np.tile([[noise.height, noise.width]], (200, 1)), seed=3)
     with (
-        mock.patch.multiple(crops.F, resized_crop=lambda image, *args, **kwargs: image, **spies),
-        mock.patch.object(crops, "_jitter", spy(1)),
-        mock.patch.object(Image.Image, "filter", spy(3)),
+        mock.patch.multiple(crops.F, rgb_to_grayscale=lambda image, **kwargs: spy("grey")(image), **others, **colours),
+        mock.patch.object(Image.Image, "filter", lambda image, kernel: spy("blur")(image, kernel.radius)),
     ):
-        for seed in range(draws):
-            for view in range(3):
-                make._augment(image, make._views[view], random.Random(3 * seed + view))
-    expected = [[0.5, 0.8, 0.2, 1.0, 0.0], [0.5, 0.8, 0.2, 0.1, 0.2], [0.5, 0.8, 0.2, 0.5, 0.0]]
-    np.testing.assert_allclose(counts / draws, expected, atol=4 * 0.5 / draws**0.5)
-    np.testing.assert_array_equal(counts[:, 3][:1], [draws])  # probability 1 never misses
-
-
-@pytest.mark.parametrize(
-    ("size", "scale", "ratio"),
-    [
-        ((128, 64), (0.4, 1.0), (0.375, 0.6667)),
-        ((256, 110), (0.05, 0.8), (0.375, 0.6667)),
-        ((128, 57), (0.4, 1.0), (0.75, 1.3333)),  # mostly the fall-back
-        ((60, 200), (0.4, 1.0), (0.375, 0.6667)),  # landscape
-    ],
-)
-def test_boxes_have_the_distribution_of_torchvision(size, scale, ratio):
-    draws = 3000
-    height, width = size
-    rng = random.Random(0)
-    ours = np.array([crop_box(height, width, scale, ratio, rng) for _ in range(draws)], dtype=np.float64)
-    stock = v2.RandomResizedCrop((4, 2), scale=scale, ratio=ratio)
-    image = Image.new("RGB", (width, height))
-    rows = [stock.make_params([image]) for _ in range(draws)]
-    theirs = np.array([[row[key] for key in ("top", "left", "height", "width")] for row in rows], dtype=np.float64)
-    for column in range(4):
-        grid = np.sort(np.concatenate([ours[:, column], theirs[:, column]]))
-        cdf = [np.searchsorted(np.sort(boxes[:, column]), grid, side="right") / draws for boxes in (ours, theirs)]
-        assert np.abs(cdf[0] - cdf[1]).max() < 1.95 * (2 / draws) ** 0.5  # Kolmogorov-Smirnov, level 0.001
+        for row, view in itertools.product(range(200), range(4)):
+            p = drawn.rows(slice(row, row + 1))
+            at = (0, view)
+            done.clear()
+            make.render(noise, p, view)
+            size = [4, 2] if view < 2 else [2, 1]
+            expected = [("resized_crop", p.top[at], p.left[at], p.height[at], p.width[at], size)]
+            expected += [("horizontal_flip",)] * int(p.flip[at])
+            if p.jitter[at]:
+                expected += [(factors[step], getattr(p, factors[step])[at]) for step in p.order[at]]
+            expected += [("grey",)] * int(p.grey[at])
+            expected += [("blur", p.sigma[at])] * int(p.sigma[at] > 0)
+            expected += [("solarize", 128)] * int(p.solarize[at])
+            assert done == expected
 
 
 def test_views_of_a_solid_image_keep_its_colour_on_average():

@@ -21,10 +21,12 @@ from personvit.errors import ConfigError, DataError
 GRID = (4, 2)
 
 
-def config(batch_size: int = 4, workers: int = 0, accumulate: int = 1, seed: int = 0, **sections) -> PretrainConfig:
+def config(
+    batch_size: int = 4, workers: int = 0, accumulate: int = 1, seed: int = 0, loader: str = "torchvision", **sections
+) -> PretrainConfig:
     sections.setdefault("crops", CropsConfig(global_size=(32, 16), local_size=(16, 8), local_crops=3))
     return PretrainConfig(
-        data=DataConfig(num_workers=workers),
+        data=DataConfig(loader=loader, num_workers=workers),
         model=ModelConfig(patch_size=8),
         train=TrainConfig(batch_size=batch_size, accumulate=accumulate, seed=seed),
         **sections,
@@ -283,7 +285,8 @@ def test_a_program_that_ends_in_mid_epoch_does_not_hang(make_images):
 from personvit.config import PretrainConfig, load_config
 from personvit.data.loaders import build_pretrain_loader
 from personvit.data.sources import FolderSource
-small = ["crops.global_size=[32,16]", "crops.local_size=[16,16]", "train.batch_size=4", "data.num_workers=2"]
+small = ["crops.global_size=[32,16]", "crops.local_size=[16,16]", "train.batch_size=4"]
+small += ["data.num_workers=2", "data.loader=torchvision"]
 cfg = load_config(PretrainConfig, overrides=small)
 batches = iter(build_pretrain_loader(cfg, FolderSource({str(make_images(40))!r}), 0, 1, 0))
 next(batches)
