@@ -32,7 +32,7 @@ a GPU.
 The floor of a benchmark is the time that the bytes and products which cannot be avoided would take at the rates of
 `copy` and `matmul` measured on the same machine in the same run. Baselines are described at the top of each script.
 """
-KIND = ("op", "backend", "shape", "dtype", "scale", "recipe", "model", "cold", "device")
+KIND = ("op", "backend", "shape", "dtype", "scale", "recipe", "model", "cold", "source", "workers", "device")
 NOT_MEASURED = "**Not measured: no GPU was at hand.** `make bench-gpu` on a machine that has one adds the rows.\n"
 
 
@@ -194,6 +194,25 @@ def rates(rows: list[Row]) -> Iterable[str]:
     yield from grid(["work", "images", "median", "images/s", "GiB", "commit"], lines())
 
 
+def loading(rows: list[Row]) -> Iterable[str]:
+    """Loaders beside torchvision's."""
+
+    def lines() -> Iterable[list[str]]:
+        for group in groups_of(rows, "source", "workers").values():
+            base = next((row for row in group if row["backend"] == "torchvision"), None)
+            for row in group:
+                yield [
+                    f"{row['backend']}, {row['workers']} workers or threads",
+                    row["source"],
+                    f"{row['images_per_s']:,.0f}",
+                    f"{row['crops_per_s']:,.0f}",
+                    "" if base is None else f"{row['images_per_s'] / base['images_per_s']:.2f}x",
+                    row["commit"],
+                ]
+
+    yield from grid(["loader", "images of", "images/s", "crops/s", "to torchvision", "commit"], lines())
+
+
 SECTIONS = (
     Section(
         "Retrieval",
@@ -217,6 +236,13 @@ SECTIONS = (
         "bench_sources.py",
         "Generated JPEGs of 64x128 pixels; GiB are above the start.",
         rates,
+    ),
+    Section(
+        "Loading: 2 crops of 256x128 and 8 of 128x64",
+        "data.jsonl",
+        "bench_data.py",
+        "From JPEG files to normalised float32 crops, loaders in turns.",
+        loading,
     ),
     Section(
         "Pre-training step on a CPU",
