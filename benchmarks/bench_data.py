@@ -187,7 +187,8 @@ def main() -> None:
         more = {
             "workers": variant.workers, "decode": variant.decode, "hw_decoder_load": variant.hw_decoder_load,
             "images_per_s": images, "crops_per_s": views * images, "recipe": options.recipe,
-            "source": Path(options.root).name if options.root else "generated", "step_ms": options.step_ms or None, "data_wait": wait,
+            "source": Path(options.root).name if options.root else "generated",
+            "step_ms": options.step_ms or None, "data_wait": wait,
         }  # fmt: skip
         rows.append(harness.row("data", variant.loader, [options.batch_size, views], measured, **more))
     _print_ratios(times)
