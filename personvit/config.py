@@ -53,9 +53,9 @@ class DataConfig:
     """Where images come from and how they are read."""
 
     name: str = "auto"
-    """auto, generated, folder, list, or a labelled layout (market1501 ...). auto looks at `data.root`."""
+    """auto, generated, folder, list, lmdb, shards, or a labelled layout (market1501 ...). auto looks at `data.root`."""
     root: str | None = None
-    """Folder, or text file of paths. None: generated persons in the cache folder."""
+    """Folder, text file of paths, LMDB database or tar shards. None: generated persons in the cache folder."""
     loader: str = "auto"
     """auto, dali-gpu, dali-cpu or torchvision. auto: the first of them that can run here."""
     num_workers: int = -1
