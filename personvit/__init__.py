@@ -1,9 +1,11 @@
-"""PersonViT: self-supervised pre-training and evaluation of ViTs on person crops."""
+"""PersonViT: self-supervised pre-training, fine-tuning and evaluation of ViTs on person crops."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from personvit import timm_hook
 
 if TYPE_CHECKING:
     from personvit.embedder import load
@@ -24,3 +26,6 @@ def __getattr__(name: str) -> Any:
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+timm_hook.install()

@@ -15,8 +15,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from personvit.data.sources import read_image
+from personvit.models.reid import ReIDModel
 from personvit.models.vit import VisionTransformer
-from personvit.models.weights import WeightsInfo, load_backbone, load_model
+from personvit.models.weight_info import WeightsInfo
+from personvit.models.weights import load_network
 from personvit.retrieval.features import FeatureSet, extract_features
 
 OneImage: TypeAlias = "str | os.PathLike[str] | Image.Image | npt.NDArray[Any] | Tensor"
@@ -24,30 +26,47 @@ Images: TypeAlias = "OneImage | Sequence[OneImage]"
 
 
 class Embedder(nn.Module):
-    """A backbone with everything that its input needs.
+    """A model with everything that its input needs.
 
     Calling it takes a normalised batch [B, 3, H, W] and gives L2-normalised features [B, D], with gradients and on the
     device of the batch; `embed` takes images of any kind.
 
+    Args:
+        network: a backbone, or a fine-tuned model, whose feature is that of its neck (`neck_feat`).
+        info: where the weights came from.
+
     Attributes:
-        backbone: the ViT.
+        network: what gives the features.
         info: where the weights came from.
         image_size: height, width that images are resized to.
         mean: of the training images, three channels.
         std: likewise.
     """
 
-    def __init__(self, backbone: VisionTransformer, info: WeightsInfo) -> None:
+    def __init__(self, network: VisionTransformer | ReIDModel, info: WeightsInfo) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.network = network
         self.info = info
         self.image_size = info.image_size
         self.mean = info.mean
         self.std = info.std
 
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] normalised -> [B, D] of length 1."""
-        return F.normalize(self.backbone.embed(images).float(), dim=1)
+    @property
+    def backbone(self) -> VisionTransformer:
+        """The ViT, without the neck of a fine-tuned model."""
+        return self.network.base if isinstance(self.network, ReIDModel) else self.network
+
+    def forward(self, images: Tensor, camids: Tensor | None = None) -> Tensor:
+        """Features of a batch.
+
+        Args:
+            images: [B, 3, H, W], normalised.
+            camids: [B] int64 cameras from 0; needed only by a model that was trained with camera vectors.
+
+        Returns:
+            [B, D] float32, rows of length 1.
+        """
+        return F.normalize(self.network.embed(images, camids).float(), dim=1)
 
     def embed(
         self,
@@ -68,19 +87,19 @@ class Embedder(nn.Module):
                 All of them are resized and normalised here; do neither before.
             batch_size: images per forward pass.
             pids: [N] identities to keep with the features.
-            camids: [N] cameras, likewise.
+            camids: [N] cameras, likewise; a model that was trained with camera vectors cannot do without.
             flip: average with the feature of the mirrored image.
             num_workers: reader processes for file names.
             progress: show a bar if there is a terminal and the list is long.
 
         Raises:
-            DataError: a file cannot be read.
+            DataError: a file cannot be read, or the model needs cameras that were not given.
             ValueError: an array or tensor that is no such image.
         """
         listed = list(_each(images))
         paths = [os.fspath(item) for item in listed if isinstance(item, str | os.PathLike)]
         return extract_features(
-            self.backbone,
+            self.network,
             paths if len(paths) == len(listed) else [_picture(item) for item in listed],
             self.image_size,
             self.mean,
@@ -97,10 +116,11 @@ class Embedder(nn.Module):
 def load(
     path: str | Path, *, image_size: tuple[int, int] | None = None, device: torch.device | str | None = None
 ) -> Embedder:
-    """Load a backbone of any supported layout, ready to embed.
+    """Load weights of any supported layout, ready to embed.
 
     Args:
-        path: weight file: an exported backbone.safetensors, a training checkpoint, a published PersonViT or iBOT file.
+        path: weight file: an exported backbone.safetensors or best.safetensors, a training checkpoint, a published
+            PersonViT, iBOT, TransReID-SSL, timm or DINOv2 file; or one on the Hub, `hf://owner/name/file`.
         image_size: height, width in pixels. None: that of the training.
         device: None: a CUDA device if there is one, else the CPU.
 
@@ -110,9 +130,8 @@ def load(
     Raises:
         CheckpointError: unreadable, unsafe, or not a ViT backbone.
     """
-    _, info = load_backbone(path, image_size)
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Embedder(load_model(path, image_size), info).to(target).eval()
+    return Embedder(*load_network(path, image_size)).to(target).eval()
 
 
 def _each(images: Images) -> Iterable[OneImage]:

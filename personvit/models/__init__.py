@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from personvit.models.heads import ProjectionHead
+from personvit.models.reid import ReIDModel, ReIDOutputs
 from personvit.models.ssl import SSLOutputs, StudentTeacher
 from personvit.models.vit import VisionTransformer, build_vit, vit_base, vit_micro, vit_small, vit_tiny
-from personvit.models.weights import WeightsInfo, load_backbone, load_into, load_model, save_backbone
+from personvit.models.weight_info import WeightsInfo
+from personvit.models.weights import (
+    load_backbone,
+    load_into,
+    load_model,
+    load_network,
+    load_reid,
+    save_backbone,
+    save_reid,
+)
 
 __all__ = [
     "ProjectionHead",
+    "ReIDModel",
+    "ReIDOutputs",
     "SSLOutputs",
     "StudentTeacher",
     "VisionTransformer",
@@ -17,7 +29,10 @@ __all__ = [
     "load_backbone",
     "load_into",
     "load_model",
+    "load_network",
+    "load_reid",
     "save_backbone",
+    "save_reid",
     "vit_base",
     "vit_micro",
     "vit_small",

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from personvit.errors import ConfigError
+from personvit.models.cameras import add_camera_vectors
 from personvit.ops import add_layer_norm, assemble_tokens, gather_rows, packed_attention
 
 Groups = Sequence[tuple[int, int]]
@@ -97,9 +98,9 @@ class Stream(NamedTuple):
     scale: Tensor | None = None
     """[T] float32 drop path factor of the branch (0 or 1/keep); None: 1."""
 
-    def norm(self, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-        """The stream [T, D] with its branch added, and that normalised."""
-        return add_layer_norm(self.tokens, self.branch, self.scale, None, norm.weight, norm.bias, norm.eps)
+    def norm(self, norm: nn.LayerNorm, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """The stream [T, D] with its branch added, and that normalised (in `dtype`; None: what autocast asks for)."""
+        return add_layer_norm(self.tokens, self.branch, self.scale, None, norm.weight, norm.bias, norm.eps, dtype)
 
 
 class Block(nn.Module):
@@ -171,6 +172,9 @@ class VisionTransformer(nn.Module):
         mlp_ratio: hidden width of the MLP over D.
         drop_path_rate: stochastic depth of the last block, linear from 0 at the first; in training mode only.
         masked_embed: own a mask token (students only; the published teachers have none).
+        num_cameras: with 2 or more, own a learned vector for each camera (`sie_embed`, the side information embedding
+            of TransReID, arXiv 2102.04378), which is added to all tokens of an image; `camids` are needed then.
+        sie_coefficient: factor of that vector.
 
     Raises:
         ConfigError: sizes that do not divide.
@@ -188,6 +192,8 @@ class VisionTransformer(nn.Module):
         mlp_ratio: float = 4.0,
         drop_path_rate: float = 0.0,
         masked_embed: bool = False,
+        num_cameras: int = 0,
+        sie_coefficient: float = 3.0,
     ) -> None:
         super().__init__()
         if embed_dim % num_heads:
@@ -198,12 +204,15 @@ class VisionTransformer(nn.Module):
         self.depth = depth
         self.num_heads = num_heads
         self.mlp_ratio = mlp_ratio
+        self.num_cameras = num_cameras
+        self.sie_coefficient = sie_coefficient
         self.drop_path_rates = [drop_path_rate * index / max(1, depth - 1) for index in range(depth)]
         self.grid = self._grid_of(*self.img_size)
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], embed_dim))
         self.masked_embed = nn.Parameter(torch.zeros(1, embed_dim)) if masked_embed else None
+        self.sie_embed = nn.Parameter(torch.zeros(num_cameras, 1, embed_dim)) if num_cameras > 1 else None
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         keep = 1 - torch.tensor(self.drop_path_rates, dtype=torch.float32).view(-1, 1, 1)
@@ -218,6 +227,8 @@ class VisionTransformer(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
+        if self.sie_embed is not None:
+            nn.init.trunc_normal_(self.sie_embed, std=0.02)
 
     def _grid_of(self, height: int, width: int) -> tuple[int, int]:
         patch = self.patch_size
@@ -254,7 +265,9 @@ class VisionTransformer(nn.Module):
         scales = (kept / self._keep).index_select(2, sequence_of)  # [depth, 2, T]
         return [scale if rate else None for scale, rate in zip(scales, self.drop_path_rates, strict=True)]
 
-    def _assemble(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Stream, Groups]:
+    def _assemble(
+        self, crops: Sequence[Tensor], masks: Sequence[Tensor | None], camids: Tensor | None = None
+    ) -> tuple[Stream, Groups]:
         """Crops of several resolutions -> the stream before the first block, and its groups."""
         if self.masked_embed is None and any(mask is not None for mask in masks):
             raise ConfigError("Masks were given to a backbone without a mask token: build it with masked_embed=True.")
@@ -266,16 +279,24 @@ class VisionTransformer(nn.Module):
             self.cls_token[0, 0],
             [self.position_table(grid)[0] for grid in grids],
         )
-        return Stream(tokens), [(len(images), 1 + h * w) for images, (h, w) in zip(crops, grids, strict=True)]
+        groups = [(len(images), 1 + h * w) for images, (h, w) in zip(crops, grids, strict=True)]
+        if self.sie_embed is not None:
+            tokens = add_camera_vectors(tokens, groups, camids, self.sie_embed, self.sie_coefficient)
+        return Stream(tokens), groups
 
     def _run(
-        self, crops: Sequence[Tensor], masks: Sequence[Tensor | None], rows: Tensor | None = None
+        self,
+        crops: Sequence[Tensor],
+        masks: Sequence[Tensor | None],
+        rows: Tensor | None = None,
+        camids: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Groups]:
         """Crops of several resolutions through the backbone: the normalised stream (or rows of it), and its groups."""
-        stream, groups = self._assemble(crops, masks)
+        stream, groups = self._assemble(crops, masks, camids)
         for number, scales in enumerate(self._drop_path_scales(groups, stream.tokens.device), start=1):
             stream = self.blocks[number - 1](stream, groups, scales, rows if number == self.depth else None)
-        return stream.norm(self.norm)[1], groups
+        return stream.norm(self.norm, dtype)[1], groups
 
     def forward_packed(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None]) -> list[Tensor]:
         """Crops of several resolutions through the blocks as one token stream.
@@ -312,16 +333,27 @@ class VisionTransformer(nn.Module):
         """Images [B, 3, H, W], optional masks [B, N] bool -> tokens [B, 1 + N, D] after the final norm, CLS first."""
         return self.forward_packed([images], [masks])[0]
 
-    def embed(self, images: Tensor) -> Tensor:
-        """CLS token [B, D] after the final norm."""
-        groups = [(len(images), 1 + self.patches_of(images))]
-        return self.forward_rows([images], [None], cls_rows(groups, images.device))
+    def embed(self, images: Tensor, camids: Tensor | None = None) -> Tensor:
+        """CLS token after the final norm.
 
-    def intermediate(self, images: Tensor, n: int = 1) -> list[Tensor]:
+        Args:
+            images: [B, 3, H, W].
+            camids: [B] int64, cameras from 0; ignored by a backbone without camera vectors.
+
+        Returns:
+            [B, D] in the dtype of the parameters, float32 under autocast too: distances are taken of it.
+
+        Raises:
+            DataError: the backbone has camera vectors, and camids are missing or (on the CPU) out of its range.
+        """
+        rows = cls_rows([(len(images), 1 + self.patches_of(images))], images.device)
+        return self._run([images], [None], rows, camids, self.pos_embed.dtype)[0]
+
+    def intermediate(self, images: Tensor, n: int = 1, camids: Tensor | None = None) -> list[Tensor]:
         """Tokens [B, 1 + N, D] after the final norm of each of the last `n` blocks, in block order."""
         if not 1 <= n <= self.depth:
             raise ConfigError(f"n={n} blocks were asked for; this model has {self.depth}. Choose 1 to {self.depth}.")
-        stream, groups = self._assemble([images], [None])
+        stream, groups = self._assemble([images], [None], camids)
         outputs = []
         for index, block in enumerate(self.blocks):
             stream = block(stream, groups)
@@ -329,9 +361,9 @@ class VisionTransformer(nn.Module):
                 outputs.append(stream.norm(self.norm)[1].view(*groups[0], -1))
         return outputs
 
-    def last_attention(self, images: Tensor) -> Tensor:
+    def last_attention(self, images: Tensor, camids: Tensor | None = None) -> Tensor:
         """Softmaxed attention of the last block [B, heads, 1 + N, 1 + N] float32, rows are queries."""
-        stream, groups = self._assemble([images], [None])
+        stream, groups = self._assemble([images], [None], camids)
         for block in self.blocks[:-1]:
             stream = block(stream, groups)
         last = self.blocks[-1]

@@ -9,9 +9,9 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
 import safetensors.torch
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from personvit.errors import CheckpointError
+from personvit.models.hub import fetch, is_reference
 
 METADATA_KEY = "personvit"
 """Name in a safetensors header under which our metadata lies, as JSON."""
@@ -31,7 +32,7 @@ def read_weight_file(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     arguments: building one sets plain attributes and runs no code. Anything else is refused.
 
     Args:
-        path: the file; the format is recognised by its first bytes, not by its name.
+        path: the file, or an `hf://` reference; the format is recognised by its first bytes, not by its name.
 
     Returns:
         The top-level dict, and the metadata of a safetensors file of ours (empty for all others).
@@ -39,7 +40,7 @@ def read_weight_file(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         CheckpointError: no such file, damaged, or holding objects that could run code.
     """
-    path = Path(path)
+    path = fetch(path) if is_reference(path) else Path(path)
     if not path.is_file():
         raise CheckpointError(f"model.weights={path}: no such file. Give the path of a .safetensors or .pth file.")
     if _is_safetensors(path):
@@ -82,16 +83,19 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return tensors, metadata
 
 
-def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+def write_safetensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], *, replace: bool = True
+) -> None:
     """Write beside `path`, flush to the disk, then rename: a crash leaves the old file or the new one.
 
     Args:
         path: where to; its folder is created.
         tensors: contiguous or not, on any device.
         metadata: plain values; they come back from `read_weight_file`.
+        replace: False: never in place of a file that is there.
 
     Raises:
-        CheckpointError: not writable, or metadata that JSON cannot hold.
+        CheckpointError: not writable, metadata that JSON cannot hold, or a file is there that must stay.
     """
     path = Path(path)
     try:
@@ -99,20 +103,57 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata:
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"metadata of {path} must be plain values: {error}") from None
     blob = safetensors.torch.save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, header)
+    _write_whole(path, lambda file: file.write(blob), replace)
+
+
+def write_torch(path: str | Path, content: Mapping[str, Any], *, replace: bool = True) -> None:
+    """Write a file that `torch.load(path, weights_only=True)` reads, whole or not at all.
+
+    Args:
+        path: where to; its folder is created.
+        content: tensors and plain values, nested in dicts.
+        replace: False: never in place of a file that is there.
+
+    Raises:
+        CheckpointError: not writable, or a file is there that must stay.
+    """
+    _write_whole(Path(path), lambda file: torch.save(dict(content), file), replace)
+
+
+def _write_whole(path: Path, write: Callable[[BinaryIO], Any], replace: bool) -> None:
     part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
-            file.write(blob)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
+        if replace:
+            os.replace(part, path)
+        else:
+            _place(part, path)
+    # torch's archive writer turns the OSError of a full disk into a RuntimeError
+    except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-        raise CheckpointError(
-            f"cannot write {path}: {error.strerror or error}. Free space, or choose another folder."
-        ) from error
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"cannot write {path}: {reason}. Free space, or choose another folder.") from error
+
+
+def _place(part: Path, path: Path) -> None:
+    """Give `part` its name unless that is taken; a link fails then, where a rename would replace what is there."""
+    try:
+        try:
+            os.link(part, path)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            path.touch(exist_ok=False)
+            os.replace(part, path)
+    except FileExistsError:
+        part.unlink(missing_ok=True)
+        raise CheckpointError(f"{path} exists and is left as it is. Choose another name, or remove it.") from None
+    part.unlink(missing_ok=True)
 
 
 def _explain_refusal(path: Path, message: str) -> str:

@@ -1,4 +1,7 @@
-"""Schedules as arrays, one value per optimiser step (bytedance/ibot utils.py, cosine_scheduler)."""
+"""Schedules as arrays: of the pre-training a value per optimiser step, of the fine-tuning one per epoch.
+
+Sources: bytedance/ibot utils.py (cosine_scheduler); hustvl/PersonViT transreid_pytorch, solver/cosine_lr.py.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from personvit.config import OptimConfig
+from personvit.config import FinetuneOptimConfig, OptimConfig
 
 Schedule = NDArray[np.float64]
 
@@ -63,3 +66,26 @@ def build_schedules(cfg: OptimConfig, batch_size: int, epochs: int, steps_per_ep
         weight_decay=cosine_schedule(*cfg.weight_decay, steps),
         momentum=cosine_schedule(*cfg.momentum, steps),
     )
+
+
+def finetune_lr(cfg: FinetuneOptimConfig, epochs: int) -> Schedule:
+    """Learning rates of the fine-tuning, constant within an epoch.
+
+    With b the peak of a group, t = epoch - 1 and W the warm-up: start + t (b - start) / W before W, then
+    low + (b - low) (1 + cos(pi t / epochs)) / 2. The cosine counts from the first epoch, not from the end of the
+    warm-up, as published: the rate drops there a little and never reaches b. start and low are shares of `cfg.lr` for
+    either group.
+
+    Args:
+        cfg: `lr`, `bias_lr_factor`, `warmup_epochs`, `warmup_factor` (start), `min_factor` (low).
+        epochs: length of the run.
+
+    Returns:
+        [epochs, 2] float64, of weights and biases; row e - 1 is used during epoch e, counted from 1.
+    """
+    start, low = cfg.warmup_factor * cfg.lr, cfg.min_factor * cfg.lr
+    peaks = np.array([cfg.lr, cfg.bias_lr_factor * cfg.lr])
+    t = np.arange(epochs, dtype=np.float64)[:, None]  # [epochs, 1]
+    ramp = start + t * (peaks - start) / max(1, cfg.warmup_epochs)
+    cosine = low + 0.5 * (peaks - low) * (1 + np.cos(np.pi * t / max(1, epochs)))
+    return np.where(t < cfg.warmup_epochs, ramp, cosine)

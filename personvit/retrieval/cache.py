@@ -15,7 +15,7 @@ from torch import nn
 from personvit import __version__
 from personvit.data.reid_sets import ReIDSplit
 from personvit.errors import CheckpointError, DataError
-from personvit.models import vit
+from personvit.models import cameras, reid, vit
 from personvit.models.weight_files import read_weight_file, write_safetensors
 from personvit.retrieval import features as feature_module
 from personvit.retrieval.features import Backbone, FeatureSet
@@ -108,5 +108,5 @@ def _read(path: Path, key: str, count: int) -> torch.Tensor | None:
 
 def _code() -> str:
     """Digest of the code between an image and its feature: a change there makes other features."""
-    files: Sequence[str | None] = (vit.__file__, feature_module.__file__)
+    files: Sequence[str | None] = (vit.__file__, cameras.__file__, reid.__file__, feature_module.__file__)
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files if file)).hexdigest()

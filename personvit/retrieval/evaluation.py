@@ -26,6 +26,7 @@ from personvit.retrieval.metrics import (
     why_no_query_is_valid,
 )
 from personvit.retrieval.rerank import RerankParameters, first_ranks, reranked_blocks
+from personvit.runtime.distributed import Ranks
 
 _BLOCK = 1024  # queries whose distances are held at once: 1024 x 82,161 of MSMT17 is 321 MiB
 _PROGRESS_FROM = 2048  # queries; shorter work needs no progress bar
@@ -116,7 +117,7 @@ def expanded_queries(query: FeatureSet, gallery: FeatureSet, top: int, alpha: fl
     return replace(query, features=expand_queries(query.features, gallery.features, top, alpha))
 
 
-def evaluate_backbone(
+def backbone_features(
     model: Backbone,
     reid_set: ReIDSet,
     image_size: tuple[int, int],
@@ -124,16 +125,12 @@ def evaluate_backbone(
     std: Sequence[float],
     batch_size: int = 64,
     *,
-    max_rank: int = 50,
     flip: bool = False,
     num_workers: int = 0,
     progress: bool = True,
-) -> RankingResult:
-    """Extract the features of query and gallery and rank. Arguments as in `extract_features`.
-
-    Raises:
-        DataError: an image cannot be read, or no query is valid.
-    """
+    ranks: Ranks | None = None,
+) -> tuple[FeatureSet, FeatureSet]:
+    """Features of the query and of the gallery images of a set. Arguments and errors as `extract_features`."""
 
     def features(split: ReIDSplit) -> FeatureSet:
         return extract_features(
@@ -148,9 +145,45 @@ def evaluate_backbone(
             flip=flip,
             num_workers=num_workers,
             progress=progress,
+            ranks=ranks,
         )
 
-    return evaluate_features(features(reid_set.query), features(reid_set.gallery), max_rank)
+    return features(reid_set.query), features(reid_set.gallery)
+
+
+def evaluate_backbone(
+    model: Backbone,
+    reid_set: ReIDSet,
+    image_size: tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    batch_size: int = 64,
+    *,
+    max_rank: int = 50,
+    protocol: str = "market",
+    flip: bool = False,
+    num_workers: int = 0,
+    progress: bool = True,
+    ranks: Ranks | None = None,
+) -> RankingResult:
+    """Extract the features of query and gallery and rank. Arguments as in `extract_features` and `evaluate_features`.
+
+    Raises:
+        DataError: an image cannot be read, or no query is valid.
+    """
+    query, gallery = backbone_features(
+        model,
+        reid_set,
+        image_size,
+        mean,
+        std,
+        batch_size,
+        flip=flip,
+        num_workers=num_workers,
+        progress=progress,
+        ranks=ranks,
+    )
+    return evaluate_features(query, gallery, max_rank, protocol=protocol)
 
 
 def _labels(query: FeatureSet, gallery: FeatureSet) -> Labels:

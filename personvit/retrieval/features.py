@@ -18,20 +18,26 @@ from tqdm import tqdm
 
 from personvit.data.sources import read_image
 from personvit.errors import DataError
+from personvit.models.cameras import check_cameras
+from personvit.runtime.distributed import Ranks, all_reduce_sum, any_rank
 
 UNKNOWN = -1
 """Label of images whose identity or camera nobody told."""
 
 _PROGRESS_FROM = 512  # images; shorter work needs no progress bar
+_GATHERED = 16_384  # features that ranks exchange at once: 48 MiB of ViT-B, in the memory where a training runs
 
 
 class Backbone(Protocol):
-    """What turns a batch of images into features."""
+    """What turns a batch of images into features.
+
+    An attribute `num_cameras` above 1 says that it needs to know the camera of every image.
+    """
 
     training: bool
 
-    def embed(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] float32, normalised -> [B, D]."""
+    def embed(self, images: Tensor, camids: Tensor | None = None) -> Tensor:
+        """[B, 3, H, W] float32, normalised, and cameras [B] int64 for a model that needs them -> [B, D]."""
 
     def train(self, mode: bool = True) -> object:
         """Set training or evaluation mode."""
@@ -69,8 +75,8 @@ class FeatureSet:
 class RawPixels(nn.Module):
     """Baseline without a model: the pixels of an image, standardised so that brightness and contrast drop out."""
 
-    def embed(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, 3 H W], each row with mean 0 and variance 1."""
+    def embed(self, images: Tensor, camids: Tensor | None = None) -> Tensor:
+        """[B, 3, H, W] -> [B, 3 H W], each row with mean 0 and variance 1, whatever the camera."""
         pixels = images.flatten(1)
         return (pixels - pixels.mean(dim=1, keepdim=True)) / (pixels.std(dim=1, correction=0, keepdim=True) + 1e-6)
 
@@ -105,6 +111,7 @@ def extract_features(
     flip: bool = False,
     num_workers: int = 0,
     progress: bool = True,
+    ranks: Ranks | None = None,
 ) -> FeatureSet:
     """Features of a list of images, in float32 and in the order given.
 
@@ -119,15 +126,76 @@ def extract_features(
         std: of the training images.
         batch_size: images per forward pass.
         pids: [N] identities, kept in the result.
-        camids: [N] cameras, likewise.
+        camids: [N] cameras, likewise; a model with camera vectors takes them from here.
         flip: average the feature with that of the mirrored image (not part of the published protocol).
         num_workers: reader processes; 0 reads in this one.
         progress: show a bar if there is a terminal and the list is long.
+        ranks: let all ranks compute a share each; every rank must call this with the same arguments and the same
+            weights and buffers in its model, and gets all features, those of a single rank to the bit. None: this
+            process computes all.
 
     Raises:
-        DataError: an image cannot be read, or its feature is not finite. Nothing is dropped silently.
+        DataError: an image cannot be read, or its feature is not finite (nothing is dropped silently); a model with
+            camera vectors was not told the cameras. Where one rank fails, all raise.
     """
-    dataset = _Images(images, image_size, mean, std)
+    labels, cameras = _labels(pids, len(images), "pids"), _labels(camids, len(images), "camids")
+    own = _share(len(images), batch_size, ranks)
+    dataset = _Images(images[own], image_size, mean, std)
+    hide_bar = not progress or len(images) < _PROGRESS_FROM or (ranks is not None and not ranks.is_main)
+    features, failure = torch.zeros(0, 0), None
+    try:
+        features = _extract(model, dataset, _cameras_for(model, cameras)[own], batch_size, flip, num_workers, hide_bar)
+    except DataError as error:
+        failure = error
+    if ranks is not None and ranks.world_size > 1:
+        if any_rank(failure is not None, ranks.device) and failure is None:
+            failure = DataError("Another rank could not compute its share of the features; its own message says why.")
+        if failure is None:
+            features = _gather(features, own, len(images), ranks)
+    if failure is not None:
+        raise failure
+    if not torch.isfinite(features).all():
+        raise DataError(
+            "The features hold NaN or infinity: the weights come from a diverged training. Take an earlier checkpoint."
+        )
+    paths = [image if isinstance(image, str) else "" for image in images]
+    return FeatureSet(features, labels, cameras, paths)
+
+
+def _share(count: int, batch_size: int, ranks: Ranks | None) -> slice:
+    """The images of this rank. Whole batches: another cut would change the last bits of what a batch computes."""
+    if ranks is None:
+        return slice(0, count)
+    batches = -(-count // batch_size)
+    first, last = (-(-batches * rank // ranks.world_size) for rank in (ranks.rank, ranks.rank + 1))
+    return slice(min(count, first * batch_size), min(count, last * batch_size))
+
+
+def _cameras_for(model: Backbone, camids: npt.NDArray[np.int64]) -> Tensor:
+    """Cameras [N] int64 as the model wants to be told them; checked here, where they are on the CPU."""
+    cameras = torch.from_numpy(camids)
+    num_cameras = int(getattr(model, "num_cameras", 0))
+    if num_cameras > 1:
+        if len(camids) and (camids == UNKNOWN).all():
+            raise DataError(
+                f"The model has learned a vector for each of {num_cameras} cameras, and the cameras of these images "
+                "are unknown: give camids (from 0, numbered as in its training), or use weights trained with "
+                "model.camera_embed=false."
+            )
+        check_cameras(cameras, num_cameras)
+    return cameras
+
+
+def _extract(
+    model: Backbone,
+    dataset: _Images,
+    camids: Tensor,
+    batch_size: int,
+    flip: bool,
+    num_workers: int,
+    hide_bar: bool,
+) -> Tensor:
+    """Features [N, D] of the images of `dataset`, on the CPU; [0, 0] if there are none."""
     loader = DataLoader(
         dataset,
         batch_size=batch_size,
@@ -139,30 +207,37 @@ def extract_features(
     training = model.training
     model.train(False)
     parts: list[Tensor] = []
-    hide_bar = None if progress and len(dataset) >= _PROGRESS_FROM else True  # None: hidden unless on a terminal
     try:
-        with torch.no_grad(), tqdm(total=len(dataset), desc="features", unit="img", disable=hide_bar) as bar:
-            for batch, error in loader:
+        # None: hidden unless on a terminal
+        with torch.no_grad(), tqdm(total=len(dataset), desc="features", unit="img", disable=hide_bar or None) as bar:
+            for number, (batch, error) in enumerate(loader):
                 if error is not None:
                     raise DataError(f"{error}. Every image of an evaluation counts: repair or remove this file.")
-                parts.append(_embed(model, batch.to(device), flip).cpu())
+                cameras = camids[number * batch_size :][: len(batch)]
+                parts.append(_embed(model, batch.to(device), cameras, flip).cpu())
                 bar.update(len(batch))
     finally:
         model.train(training)
-    features = torch.cat(parts) if parts else torch.zeros(0, 0)
-    if not torch.isfinite(features).all():
-        raise DataError(
-            "The features hold NaN or infinity: the weights come from a diverged training. Take an earlier checkpoint."
-        )
-    paths = [image if isinstance(image, str) else "" for image in images]
-    return FeatureSet(features, _labels(pids, len(paths), "pids"), _labels(camids, len(paths), "camids"), paths)
+    return torch.cat(parts) if parts else torch.zeros(0, 0)
 
 
-def _embed(model: Backbone, batch: Tensor, flip: bool) -> Tensor:
+def _gather(part: Tensor, own: slice, count: int, ranks: Ranks) -> Tensor:
+    """Features [count, D] of all ranks, from the rows `own` that this one has; adding zeros changes no value."""
+    width = all_reduce_sum(torch.tensor(part.shape[1] if ranks.is_main else 0, device=ranks.device))
+    features = torch.zeros(count, int(width))
+    if len(part):
+        features[own] = part
+    for block in torch.split(features, _GATHERED):
+        block.copy_(all_reduce_sum(block.to(ranks.device)))
+    return features
+
+
+def _embed(model: Backbone, batch: Tensor, camids: Tensor, flip: bool) -> Tensor:
+    arguments = (camids.to(batch.device),) if getattr(model, "num_cameras", 0) > 1 else ()
     with torch.autocast(batch.device.type, enabled=False):
-        features = model.embed(batch).float()
+        features = model.embed(batch, *arguments).float()
         if flip:
-            features = features + model.embed(batch.flip(3)).float()
+            features = features + model.embed(batch.flip(3), *arguments).float()
         return F.normalize(features, dim=1)
 
 

@@ -6,12 +6,14 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from tiny_weights import tiny_reid
 
 import personvit
 from personvit.errors import DataError
 from personvit.models.vit import vit_micro
-from personvit.models.weights import save_backbone
+from personvit.models.weights import save_backbone, save_reid
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.2, 0.3)
 
@@ -110,3 +112,28 @@ def test_other_image_size(weights, pixels):
     model = personvit.load(weights, image_size=(64, 32), device="cpu")
     assert model.image_size == (64, 32)
     assert model.embed(pixels).features.shape == (3, 128)
+
+
+@pytest.mark.parametrize("neck_feat", ["before", "after"])
+def test_fine_tuned_weights_give_the_feature_of_their_neck(tmp_path, pixels, neck_feat):
+    trained = tiny_reid(neck_feat=neck_feat)
+    save_reid(trained, tmp_path / "best.safetensors")
+    model = personvit.load(tmp_path / "best.safetensors", device="cpu")
+    assert (model.mean, model.image_size) == ((0.5, 0.5, 0.5), (64, 32))
+    assert model.backbone is model.network.base
+    batch = torch.randn(2, 3, 64, 32)
+    with torch.no_grad():
+        before = trained.base.embed(batch)
+        expected = before if neck_feat == "before" else trained.bottleneck(before)
+        torch.testing.assert_close(model(batch), F.normalize(expected, dim=1))
+    assert model.embed(pixels).features.shape == (3, 64)
+
+
+def test_camera_vectors_need_cameras(tmp_path, pixels):
+    save_reid(tiny_reid(num_cameras=3), tmp_path / "best.safetensors")
+    model = personvit.load(tmp_path / "best.safetensors", device="cpu")
+    with pytest.raises(DataError, match="camera"):
+        model.embed(pixels)
+    first, second = (model.embed(pixels, camids=camids).features for camids in ([0, 0, 0], [0, 1, 2]))
+    assert torch.equal(first[0], second[0])
+    assert not torch.allclose(first[1:], second[1:], atol=1e-3)

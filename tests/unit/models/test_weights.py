@@ -11,7 +11,8 @@ import torch
 
 from personvit.errors import CheckpointError
 from personvit.models import VisionTransformer, load_backbone, load_into, load_model, save_backbone, vit_micro
-from personvit.models.weights import FINE_TUNED_MEAN, resize_positions
+from personvit.models.weight_info import FINE_TUNED_MEAN
+from personvit.models.weight_layouts import resize_positions
 
 SIZE = (64, 32)
 
@@ -246,7 +247,10 @@ def test_incomplete_backbone_names_what_is_missing(tmp_path):
         load_backbone(tmp_path / "w.pth")
 
 
-@pytest.mark.parametrize("extra", ["blocks.0.ls1.gamma", "reg_token", "dist_token", "norm_pre.weight"])
+@pytest.mark.parametrize(
+    "extra",
+    ["reg_token", "register_tokens", "dist_token", "norm_pre.weight", "part_token1", "blocks.0.mlp.w12.weight"],
+)
 def test_other_architectures_are_refused(tmp_path, extra):
     torch.save({**_vit().state_dict(), extra: torch.zeros(64)}, tmp_path / "w.pth")
     with pytest.raises(CheckpointError, match=extra):
