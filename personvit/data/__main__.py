@@ -1,4 +1,4 @@
-"""`personvit data generate` writes persons, `data check` looks at a set of images, `data pack` turns it into shards."""
+"""`personvit data`: generate persons, check a set of images, split a labelled one, pack one into shards."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ from pathlib import Path
 from personvit.config import DataConfig, EvaluateConfig, load_config
 from personvit.data.check import SourceReport, scan
 from personvit.data.parallel import worker_count
-from personvit.data.reid_sets import read_reid_set
-from personvit.data.sources import LAYOUT_FOLDERS, layout_root, open_source
+from personvit.data.reid.csv_table import read_csv
+from personvit.data.reid.images import FileSource
+from personvit.data.reid.own import own_set
+from personvit.data.reid_sets import ReIDSet, is_labelled, read_reid_set
+from personvit.data.sources import ImageSource, open_source
 from personvit.data.split_report import identified, split_problems
 from personvit.errors import ConfigError, DataError
 from personvit.runtime.entry import run
 
 _USAGE = """usage: personvit data generate ...   write generated persons (personvit data generate --help)
        personvit data check [PATH] [--bad FILE] [data.root=... data.name=... data.num_workers=...]
+       personvit data split SOURCE --out FILE.csv [--train-share 0.5] [--seed 0]
        personvit data pack OUT [PATH] [--shard-mib 256] [--no-verify] [--workers N] [data.root=... data.name=...]
        personvit data pack --check OUT
 """
@@ -27,7 +31,7 @@ _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_0-9]+)*=")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Dispatch to `generate`, `check` or `pack`.
+    """Dispatch to `generate`, `check`, `split` or `pack`.
 
     Raises:
         ConfigError: unknown verb.
@@ -44,9 +48,13 @@ def main(argv: list[str] | None = None) -> int:
         return generate(rest)
     if verb == "check":
         return _check(rest)
+    if verb == "split":
+        from personvit.data.split import main as split
+
+        return split(rest)
     if verb == "pack":
         return _pack(rest)
-    raise ConfigError(f"personvit data {verb}: no such verb. Known: generate, check, pack.")
+    raise ConfigError(f"personvit data {verb}: no such verb. Known: generate, check, split, pack.")
 
 
 def _check(argv: list[str]) -> int:
@@ -57,14 +65,31 @@ def _check(argv: list[str]) -> int:
     cfg = _data_config(arguments.overrides)
     if arguments.bad is not None and arguments.bad.exists():
         raise DataError(f"--bad {arguments.bad}: exists already and is not overwritten. Name another file.")
-    report = scan(open_source(cfg), worker_count(cfg.num_workers))
+    source, labelled = _opened(cfg)
+    report = scan(source, worker_count(cfg.num_workers))
     sys.stdout.write(report.text() + "\n")
     _write_bad(report, arguments.bad)
     if len(report.bad) == report.total:
         raise DataError(f"none of the {report.total} files can be read. Are these images, and wholly copied?")
-    if cfg.root is not None and _is_labelled(cfg.name, Path(cfg.root).expanduser()):
-        _write_labelled(cfg.name, cfg.root)
+    if labelled is not None:
+        sys.stdout.write(f"\n{labelled.table()}\n")
+        if labelled.name not in ("csv", "folder"):
+            sys.stdout.write(f"{identified(labelled)[1]}\n")
+        sys.stdout.writelines(f"problem: {problem}\n" for problem in split_problems(labelled))
     return 0
+
+
+def _opened(cfg: DataConfig) -> tuple[ImageSource, ReIDSet | None]:
+    """The images to look at, and the labelled set that they are of, with its labels read before the long scan."""
+    root = Path(cfg.root).expanduser() if cfg.root is not None else None
+    if root is None or not is_labelled(cfg.name, root):
+        return open_source(cfg), None
+    if cfg.name == "csv" or root.suffix.lower() == ".csv":
+        table = read_csv(root)
+        labelled = own_set("csv", table) if table.splits is not None else None
+        return FileSource(table.paths), labelled
+    labelled = read_reid_set(cfg.name, root)
+    return FileSource(path for split in labelled.splits for path in split.paths), labelled
 
 
 def _write_bad(report: SourceReport, file: Path | None) -> None:
@@ -74,14 +99,6 @@ def _write_bad(report: SourceReport, file: Path | None) -> None:
     if file is not None:
         with file.open("x", encoding="utf-8", errors="surrogateescape") as stream:
             stream.writelines(f"{line}\n" for line in report.bad)
-
-
-def _write_labelled(name: str, root: str) -> None:
-    labelled = read_reid_set(name, root)
-    likely, line = identified(labelled)
-    shown = dataclasses.replace(labelled, name=likely) if name == "auto" else labelled
-    sys.stdout.write(f"\n{shown.table()}\n{line}\n")
-    sys.stdout.writelines(f"problem: {problem}\n" for problem in split_problems(labelled))
 
 
 def _pack(argv: list[str]) -> int:
@@ -134,13 +151,6 @@ def _data_config(words: list[str]) -> DataConfig:
     overrides = [word for word in words if word not in paths]
     cfg = load_config(EvaluateConfig, overrides=overrides).data
     return dataclasses.replace(cfg, root=paths[0]) if paths else cfg
-
-
-def _is_labelled(name: str, root: Path) -> bool:
-    folder = layout_root(name, root)
-    return name in LAYOUT_FOLDERS or (
-        name == "auto" and any((folder / part).exists() for part in ("query", "list_query.txt"))
-    )
 
 
 if __name__ == "__main__":

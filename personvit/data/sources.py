@@ -33,6 +33,10 @@ LAYOUT_FOLDERS = {
     "dukemtmcreid": ("dukemtmcreid", "DukeMTMC-reID", "dukemtmc-reid"),
     "occluded_duke": ("Occluded_Duke", "Occluded-DukeMTMC", "occluded_duke"),
     "msmt17": ("MSMT17", "MSMT17_V1", "MSMT17_V2", "msmt17"),
+    "cuhk03_labeled": ("labeled", "cuhk03-np/labeled", "CUHK03-NP/labeled", "cuhk03_labeled"),
+    "cuhk03_detected": ("detected", "cuhk03-np/detected", "CUHK03-NP/detected", "cuhk03_detected"),
+    "occluded_reid": ("Occluded_REID", "Occluded-REID", "OccludedREID", "occluded_reid"),
+    "partial_reid": ("Partial_REID", "Partial-REID", "PartialREID", "Partial-REID_Dataset", "partial_reid"),
 }
 """Labelled layouts, with the names that their folder usually has below a common root."""
 

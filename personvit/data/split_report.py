@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import PurePath
+import os
 
 import numpy as np
 
-from personvit.data.reid_sets import PUBLISHED, ReIDSet
-
-_TITLES = {
-    "market1501": "Market-1501",
-    "msmt17": "MSMT17",
-    "dukemtmcreid": "DukeMTMC-reID",
-    "occluded_duke": "Occluded-Duke",
-}
-_VARIANTS = {
-    "MSMT17 without its validation list": ((1041, 30248), (3060, 11659), (3060, 82161)),
-    "CUHK03-NP, labeled boxes": ((767, 7368), (700, 1400), (700, 5328)),
-    "CUHK03-NP, detected boxes": ((767, 7365), (700, 1400), (700, 5332)),
-}
-"""Counts, as in `PUBLISHED`, of what has no layout name of its own."""
-
-_SPLITS = ("train", "query", "gallery")
-_SHOWN = 5
+from personvit.data.reid.preflight import counted, differing_formats, unscored
+from personvit.data.reid.published import nearest
+from personvit.data.reid.types import SPLITS, ReIDSet, cameras_outside
 
 
 def identified(labelled: ReIDSet) -> tuple[str, str]:
@@ -30,71 +16,61 @@ def identified(labelled: ReIDSet) -> tuple[str, str]:
 
     The layout name is the set's own where the counts fit no other layout.
     """
-    counts = [(len(np.unique(s.pids)), len(s)) for s in (labelled.train, labelled.query, labelled.gallery)]
-    known = {**{title: PUBLISHED[name] for name, title in _TITLES.items()}, **_VARIANTS}
-    fits = {title: [counts[k] == published[k] for k in range(3)] for title, published in known.items()}
-    title = max(fits, key=lambda name: sum(fits[name]))
-    name = next((key for key, text in _TITLES.items() if text == title), labelled.name)
-    if sum(fits[title]) < 2:
+    counts, match = labelled.counts, nearest(labelled.counts)
+    if sum(match.fits) < 2:
         return labelled.name, "by its counts: none of the published sets"
-    if all(fits[title]):
-        return name, f"by its counts: {title}{_version(title, labelled)}"
-    other = fits[title].index(False)
-    ids, images = known[title][other]
-    return name, (
-        f"by its counts: {title}{_version(title, labelled)}, but {_SPLITS[other]} has {counts[other][0]:,} identities "
-        f"in {counts[other][1]:,} images instead of {ids:,} in {images:,}. Is the copy complete?"
+    title = match.title
+    if match.name == "msmt17" and labelled.version:
+        title += f", {labelled.version}"  # both versions have the same counts; folder names tell them apart
+    if all(match.fits):
+        return match.name, f"by its counts: {title}"
+    other = match.fits.index(False)
+    ids, images = match.counts[other]
+    return match.name, (
+        f"by its counts: {title}, but {SPLITS[other]} has {counts[other][0]:,} identities in {counts[other][1]:,} "
+        f"images instead of {ids:,} in {images:,}. Is the copy complete?"
     )
-
-
-def _version(title: str, labelled: ReIDSet) -> str:
-    """MSMT17 was published twice with the same counts; the second time with masked faces and other folder names."""
-    if not title.startswith("MSMT17"):
-        return ""
-    folders = PurePath(labelled.gallery.paths[0]).relative_to(labelled.root).parts
-    return ", version 2 (masked faces)" if folders[0] == "mask_test_v2" else ", version 1 (by its folder names)"
 
 
 def split_problems(labelled: ReIDSet) -> list[str]:
     """What makes an evaluation fail, or its figures too good, a line each."""
-    query, gallery = labelled.query, labelled.gallery
+    query = labelled.query
     problems = []
-    missing = np.setdiff1d(query.pids, gallery.pids)
+    found = unscored(labelled)
+    missing = np.unique(query.pids[found.missing])
     if len(missing):
-        count = int(np.isin(query.pids, missing).sum())
         problems.append(
-            f"{_counted(missing, 'query identity', 'query identities')} not in the gallery; their {count:,} queries "
-            f"are not scored"
+            f"{counted(labelled, missing, 'query identity', 'query identities')} not in the gallery; their "
+            f"{int(found.missing.sum()):,} queries are not scored"
         )
-    lonely = _under_own_camera_only(labelled)
-    if lonely.any():
+    if formats := differing_formats(labelled):
+        problems.append(formats)
+    lonely = np.unique(query.pids[found.lonely])
+    if len(lonely):
         problems.append(
-            f"{int(lonely.sum()):,} queries have their identity in the gallery under their own camera only, which the "
-            f"protocol leaves out ({_counted(np.unique(query.pids[lonely]), 'identity', 'identities')}); with one "
-            f"camera, evaluate with --protocol keep"
+            f"{int(found.lonely.sum()):,} queries have their identity in the gallery under their own camera only, "
+            f"which the protocol leaves out ({counted(labelled, lonely, 'identity', 'identities')}); with one camera, "
+            f"evaluate with --protocol keep"
         )
     shared = np.intersect1d(np.array(labelled.train_pids, dtype=np.int64), query.pids)
     if len(shared):
         problems.append(
-            f"{_counted(shared, 'identity', 'identities')} in both train and query: figures of a model trained on this "
-            f"set will be too good"
+            f"{counted(labelled, shared, 'identity', 'identities')} in both train and query: figures of a model "
+            f"trained on this set will be too good"
         )
-    return problems
+    return [*problems, *filter(None, (_same_names(labelled), cameras_outside(labelled)))]
 
 
-def _under_own_camera_only(labelled: ReIDSet) -> np.ndarray:
-    """[queries] bool: the gallery knows the identity, but from no other camera."""
-    query, gallery = labelled.query, labelled.gallery
-    cameras = int(max(query.camids.max(initial=0), gallery.camids.max(initial=0))) + 1
-    shot = np.unique(gallery.pids * cameras + gallery.camids)
-    pids, views = np.unique(shot // cameras, return_counts=True)
-    place = np.minimum(np.searchsorted(pids, query.pids), max(len(pids) - 1, 0))
-    known = pids[place] == query.pids if len(pids) else np.zeros(len(query), dtype=bool)
-    own = np.isin(query.pids * cameras + query.camids, shot)
-    return np.asarray(known & (views[place] == own))
-
-
-def _counted(pids: np.ndarray, one: str, several: str) -> str:
-    shown = ", ".join(map(str, pids[:_SHOWN].tolist()))
-    more = ", ..." if len(pids) > _SHOWN else ""
-    return f"{len(pids):,} {one if len(pids) == 1 else several} ({shown}{more})"
+def _same_names(labelled: ReIDSet) -> str:
+    """Market-family names hold the frame, so one name in two folders is one picture."""
+    if labelled.name in ("csv", "folder", "occluded_reid", "partial_reid", "msmt17"):
+        return ""
+    names = [{os.path.basename(path) for path in split.paths} for split in labelled.splits]
+    for first, second in ((1, 2), (0, 1), (0, 2)):
+        shared = names[first] & names[second]
+        if shared:
+            return (
+                f"{len(shared):,} file names in both {SPLITS[first]} and {SPLITS[second]} (first: {min(shared)}): is "
+                f"this the same picture twice? Take one of the two out"
+            )
+    return ""

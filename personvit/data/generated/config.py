@@ -83,10 +83,11 @@ class GeneratedConfig:
 
     @classmethod
     def from_data_config(cls, data: DataConfig) -> GeneratedConfig:
-        """The set that `data.generated_train`, `data.generated_test_ids` and `data.generated_seed` ask for."""
+        """The set that the `generated_*` keys of `data` ask for."""
+        ids = data.generated_train_ids
         return cls(
             pool_images=data.generated_train,
-            train_ids=data.generated_test_ids,
+            train_ids=data.generated_test_ids if ids is None else ids,
             test_ids=data.generated_test_ids,
             seed=data.generated_seed,
         )

@@ -53,8 +53,37 @@ def test_command_shows_the_table_of_a_labelled_set(tmp_path, write_image, capsys
         write_image(tmp_path / name, 0)
     assert main(["check", f"data.root={tmp_path}", "data.num_workers=0"]) == 0
     out = capsys.readouterr().out
-    assert "1 files, 1 readable" in out
+    assert "3 files, 3 readable" in out  # training images, queries and gallery
     assert "gallery        1        1        1" in out
+
+
+def test_command_checks_own_data_before_and_after_its_split(tmp_path, write_image, truncate, capsys):
+    for number in range(4):
+        write_image(tmp_path / f"{number}.jpg", number)
+    truncate(write_image(tmp_path / "4.jpg", 4))
+    rows = [f"{number}.jpg,p{number % 2},{number // 2}" for number in range(5)]
+    (tmp_path / "own.csv").write_text("path,pid,camid\n" + "\n".join(rows))
+    assert main(["check", str(tmp_path / "own.csv"), "data.num_workers=0"]) == 0
+    out = capsys.readouterr().out
+    assert "5 files, 4 readable, 1 unreadable" in out
+    assert "gallery" not in out
+    splits = ["query", "query", "gallery", "gallery", "train"]
+    lines = [f"{row},{split}" for row, split in zip(rows, splits, strict=True)]
+    (tmp_path / "split.csv").write_text("path,pid,camid,split\n" + "\n".join(lines))
+    assert main(["check", str(tmp_path / "split.csv"), "data.num_workers=0"]) == 0
+    out = capsys.readouterr().out
+    assert "5 files, 4 readable, 1 unreadable" in out
+    assert "gallery        2        2        1" in out
+    assert "problem: 1 identity (p0) in both train and query" in out
+
+
+def test_command_checks_a_set_without_training_images(tmp_path, write_image, capsys):
+    for folder in ("occluded_body_images", "whole_body_images"):
+        write_image(tmp_path / folder / "001" / "1.png", 0)
+    assert main(["check", str(tmp_path), "data.num_workers=0"]) == 0
+    out = capsys.readouterr().out
+    assert "2 files, 2 readable" in out
+    assert "occluded_reid in" in out
 
 
 def test_nothing_readable_is_an_error(make_images, truncate):
@@ -239,12 +268,12 @@ def test_results_come_in_order_and_a_dead_worker_is_told():
         list(ordered_map(_die, range(20), 1, _nothing, ()))
 
 
-def labelled(name: str, counts, root: str = "/d", folder: str = "test") -> ReIDSet:
+def labelled(name: str, counts, root: str = "/d", version: str = "") -> ReIDSet:
     splits = []
     for ids, images in counts:
         pids = np.arange(images) % max(ids, 1)
-        splits.append(ReIDSplit([f"{root}/{folder}/{n}.jpg" for n in range(images)], pids, pids % 2))
-    return ReIDSet(name, *splits, root)
+        splits.append(ReIDSplit([f"{root}/{n}.jpg" for n in range(images)], pids, pids % 2))
+    return ReIDSet(name, *splits, root, version=version)
 
 
 @pytest.mark.parametrize(
@@ -253,14 +282,12 @@ def labelled(name: str, counts, root: str = "/d", folder: str = "test") -> ReIDS
         ("market1501", "Market-1501"),
         ("dukemtmcreid", "DukeMTMC-reID"),
         ("occluded_duke", "Occluded-Duke"),
-        ("msmt17", "MSMT17, version 1 (by its folder names)"),
+        ("msmt17", "MSMT17, version 1"),
     ],
 )
 def test_published_sets_are_named_by_their_counts(name, line):
-    assert identified(labelled("market1501", PUBLISHED[name])) == (name, f"by its counts: {line}")
-    if name == "msmt17":
-        second = labelled(name, PUBLISHED[name], folder="mask_test_v2")
-        assert identified(second)[1].endswith("version 2 (masked faces)")
+    version = "version 1" if name == "msmt17" else ""
+    assert identified(labelled("market1501", PUBLISHED[name], version=version)) == (name, f"by its counts: {line}")
     train, query, (ids, images) = PUBLISHED[name]
     told = identified(labelled("market1501", (train, query, (ids, images - 5))))
     assert told[0] == name
@@ -270,14 +297,18 @@ def test_published_sets_are_named_by_their_counts(name, line):
 
 def test_cuhk_and_msmt_variants():
     cuhk = labelled("market1501", ((767, 7365), (700, 1400), (700, 5332)))
-    assert identified(cuhk) == ("market1501", "by its counts: CUHK03-NP, detected boxes")
+    assert identified(cuhk) == ("cuhk03_detected", "by its counts: CUHK03-NP, detected boxes")
     short = labelled("msmt17", ((1041, 30248), (3060, 11659), (3060, 82161)))
     assert "MSMT17 without its validation list" in identified(short)[1]
 
 
 def lay_out(root: Path, write_image, train, query, gallery) -> Path:
-    for folder, names in (("bounding_box_train", train), ("query", query), ("bounding_box_test", gallery)):
-        for number, name in enumerate(names):
+    for start, folder, names in (
+        (0, "bounding_box_train", train),
+        (100, "query", query),
+        (200, "bounding_box_test", gallery),
+    ):
+        for number, name in enumerate(names, start):
             write_image(root / folder / f"{name}_{number:03}.jpg", number)
     return root
 
@@ -290,14 +321,18 @@ def test_split_problems_are_told_with_identities(tmp_path, write_image, capsys):
         ["0001_c1", "0002_c1", "0002_c3", "0003_c1", "0004_c2"],
         ["0001_c2", "0002_c1", "0004_c2", "0000_c1", "-1_c1"],
     )
+    write_image(root / "bounding_box_test" / "0001_c1_100.jpg", 100)
+    write_image(root / "bounding_box_test" / "0001_c7_300.jpg", 300)
     problems = split_problems(read_reid_set("market1501", root))
-    assert len(problems) == 3
+    assert len(problems) == 5
     assert "1 query identity (3) not in the gallery; their 1 queries are not scored" in problems[0]
     assert "2 queries have their identity in the gallery under their own camera only" in problems[1]
     assert "2 identities (2, 4)" in problems[1]
     assert "1 identity (1) in both train and query" in problems[2]
-    assert main(["check", str(root), "data.num_workers=0"]) == 0
-    assert capsys.readouterr().out.count("problem: ") == 3
+    assert "1 file names in both query and gallery (first: 0001_c1_100.jpg)" in problems[3]
+    assert problems[4].startswith("cameras: 7 (first: ")
+    assert main(["check", str(root), "data.num_workers=0", "data.name=market1501"]) == 0
+    assert capsys.readouterr().out.count("problem: ") == 5
 
 
 def test_a_set_that_cannot_be_scored_is_reported_not_refused(tmp_path, write_image, capsys):
