@@ -12,8 +12,9 @@ import torch
 
 from personvit.config import PretrainConfig
 from personvit.data.batches import MAX_UNREADABLE, BatchPlan, CropBatch, steps_per_epoch
-from personvit.data.loader_torch import TorchLoader, available_cores, reader_count
+from personvit.data.loader_torch import TorchLoader
 from personvit.data.sources import ImageSource
+from personvit.data.torch_reader import available_cores, reader_count
 from personvit.errors import BackendUnavailableError
 
 __all__ = [
