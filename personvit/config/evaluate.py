@@ -88,6 +88,8 @@ class EvaluateConfig:
     """File for the figures, JSON; same as `--out`."""
     per_query: str | None = None
     """File for the result of every query, .json or .csv; same as `--per-query`."""
+    rank_lists: str | None = None
+    """Picture (PNG) of some queries with what was found for them; same as `--rank-lists`."""
 
     def __post_init__(self) -> None:
         check_choice("protocol", self.protocol, PROTOCOLS)

@@ -165,6 +165,8 @@ class FinetuneTrainConfig:
     """Stop after so many non-finite steps in a row."""
     deterministic: bool = False
     """torch.use_deterministic_algorithms; the CPU path is deterministic either way."""
+    licence: str | None = None
+    """Licence of the weights, for the header of exported files. None: not stated; the data's own terms may bind."""
 
     def __post_init__(self) -> None:
         for key in ("epochs", "log_every", "save_every_epochs", "non_finite_limit"):

@@ -19,10 +19,18 @@ from personvit.errors import ConfigError
 C = TypeVar("C", PretrainConfig, FinetuneConfig, EvaluateConfig)
 
 
-def recipes() -> list[str]:
-    """Names of the recipes that ship with the package."""
+_VERBS = {PretrainConfig: "pretrain", FinetuneConfig: "finetune", EvaluateConfig: "evaluate"}
+
+
+def recipes(schema: type[Any]) -> list[str]:
+    """Names of the recipes of a command that ship with the package.
+
+    Args:
+        schema: PretrainConfig; FinetuneConfig, whose recipes begin with `finetune_`; or EvaluateConfig, which has none.
+    """
     folder = resources.files("personvit") / "configs"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    names = sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return [name for name in names if schema is (FinetuneConfig if name.startswith("finetune_") else PretrainConfig)]
 
 
 def load_config(schema: type[C], recipe: str | None = None, overrides: list[str] | None = None) -> C:
@@ -37,7 +45,7 @@ def load_config(schema: type[C], recipe: str | None = None, overrides: list[str]
         ConfigError: unknown key (with the nearest match), wrong type, value out of range, or no such recipe.
     """
     merged = OmegaConf.structured(schema)
-    for origin, layer in _layers(recipe, overrides):
+    for origin, layer in _layers(recipe, overrides, schema):
         try:
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
@@ -69,16 +77,16 @@ def _without_tuples(value: Any) -> Any:
     return [_without_tuples(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def given_yaml(recipe: str | None, overrides: list[str] | None = None) -> str:
+def given_yaml(schema: type[C], recipe: str | None, overrides: list[str] | None = None) -> str:
     """What the user gave, recipe and overrides merged, as YAML text that `load_config` reads back."""
-    return OmegaConf.to_yaml(OmegaConf.merge(*(layer for _, layer in _layers(recipe, overrides))))
+    return OmegaConf.to_yaml(OmegaConf.merge(*(layer for _, layer in _layers(recipe, overrides, schema))))
 
 
-def _layers(recipe: str | None, overrides: list[str] | None) -> list[tuple[str, Any]]:
+def _layers(recipe: str | None, overrides: list[str] | None, schema: type[Any]) -> list[tuple[str, Any]]:
     """(origin, values) of the recipe and of every override, in the order in which they apply."""
     layers: list[tuple[str, Any]] = []
     if recipe is not None:
-        layers.append((f"recipe {recipe}", _read_recipe(recipe)))
+        layers.append((f"recipe {recipe}", _read_recipe(recipe, schema)))
     for item in overrides or []:
         key, separator, _ = item.partition("=")
         if not separator or not key:
@@ -87,18 +95,22 @@ def _layers(recipe: str | None, overrides: list[str] | None) -> list[tuple[str, 
     return layers
 
 
-def _read_recipe(recipe: str) -> DictConfig:
-    path = Path(recipe)
+def _read_recipe(recipe: str, schema: type[Any]) -> DictConfig:
+    path, own = Path(recipe), recipes(schema)
+    shipped = ", ".join(own) or "none for this command"
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
-            raise ConfigError(f"--config {recipe}: no such file. Shipped recipes: {', '.join(recipes())}")
+            raise ConfigError(f"--config {recipe}: no such file. Shipped recipes: {shipped}")
         text = path.read_text(encoding="utf-8")
-    elif recipe in recipes():
+    elif recipe in own:
         text = (resources.files("personvit") / "configs" / f"{recipe}.yaml").read_text(encoding="utf-8")
     else:
-        near = difflib.get_close_matches(recipe, recipes(), n=1)
+        for other, verb in _VERBS.items():
+            if recipe in recipes(other):
+                raise ConfigError(f"--config {recipe}: a recipe of personvit {verb}. Shipped for this one: {shipped}")
+        near = difflib.get_close_matches(recipe, own, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"--config {recipe}: no such recipe.{hint} Shipped: {', '.join(recipes())}")
+        raise ConfigError(f"--config {recipe}: no such recipe.{hint} Shipped: {shipped}")
     layer = OmegaConf.create(text)
     if not isinstance(layer, DictConfig):
         raise ConfigError(f"--config {recipe}: a recipe is a mapping of sections to keys, got {type(layer).__name__}")
@@ -121,7 +133,7 @@ def _explain(schema: type[Any], origin: str, layer: Any, error: Exception) -> st
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f" Did you mean {near[0]}?" if near else ""
-            return f"{origin}: unknown key {key}.{hint} All keys: personvit pretrain --print-config"
+            return f"{origin}: unknown key {key}.{hint} All keys: personvit {_VERBS[schema]} --print-config"
     return f"{origin}: {str(error).splitlines()[0]}"
 
 

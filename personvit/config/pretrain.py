@@ -198,6 +198,8 @@ class TrainConfig:
     """Stop after so many non-finite steps in a row."""
     deterministic: bool = False
     """torch.use_deterministic_algorithms; the CPU path is deterministic either way."""
+    licence: str | None = None
+    """Licence of the weights, for the header of exported files. None: not stated; the data's own terms may bind."""
 
     def __post_init__(self) -> None:
         positive = ("epochs", "batch_size", "accumulate", "log_every", "non_finite_limit", "keep_every_epochs")

@@ -35,6 +35,8 @@ class DataConfig:
     """Labelled set (Market-1501 layout) for the periodic retrieval probe. None: the generated persons', if used."""
     generated_train: int = 8000
     """Images of the generated unlabelled pool."""
+    generated_train_ids: int | None = None
+    """Identities of the generated training split. None: as many as of the query/gallery split."""
     generated_test_ids: int = 100
     """Identities of the generated query/gallery split, disjoint from the pool."""
     generated_seed: int = 0
@@ -52,6 +54,8 @@ class DataConfig:
         check(self.num_workers >= -1, "data.num_workers", self.num_workers, "-1 or more")
         check(self.prefetch >= 1, "data.prefetch", self.prefetch, "1 or more")
         check(self.generated_train >= 1, "data.generated_train", self.generated_train, "1 or more")
+        ids = self.generated_train_ids
+        check(ids is None or ids >= 0, "data.generated_train_ids", ids, "0 or more, or null")
 
 
 @dataclass(frozen=True, kw_only=True)

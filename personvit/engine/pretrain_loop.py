@@ -23,20 +23,18 @@ from personvit.engine.checkpoint import keep_snapshot, read_checkpoint, write_ch
 from personvit.engine.health import HealthMonitor
 from personvit.engine.probe import RetrievalProbe
 from personvit.engine.resume import check_same_run, resume_path
+from personvit.engine.run import TrainingRun
 from personvit.engine.step import PretrainStep, StepResult
-from personvit.errors import DataError, NonFiniteError
+from personvit.errors import DataError
 from personvit.models.weights import save_backbone
 from personvit.runtime.distributed import Ranks, any_rank, on_main
-from personvit.runtime.progress import Throughput, format_duration, log_progress, memory_gb
-from personvit.runtime.runlog import BadImages, MetricLog, RunFolder
+from personvit.runtime.progress import format_duration, log_progress, memory_gb
+from personvit.runtime.runlog import RunFolder
 from personvit.runtime.seed import rng_state, set_rng_state
 from personvit.runtime.signals import StopSignal
-from personvit.runtime.telemetry import GpuTelemetry
 
 logger = logging.getLogger(__name__)
 
-_KEPT_BATCHES = 10
-"""Batches of steps that were not finite that a rank writes down at most: at full size one takes a gigabyte."""
 _ROWS_BETWEEN_WARNINGS = 10
 
 
@@ -57,7 +55,7 @@ class PretrainResult:
     backbone: Path
 
 
-class PretrainRun:
+class PretrainRun(TrainingRun[PretrainResult]):
     """A pre-training run in its folder.
 
     Args:
@@ -73,60 +71,27 @@ class PretrainRun:
     """
 
     def __init__(self, cfg: PretrainConfig, folder: RunFolder, ranks: Ranks, resume: str | None = None) -> None:
-        self.cfg, self.folder, self.ranks = cfg, folder, ranks
+        super().__init__(folder, ranks, cfg.train.non_finite_limit, cfg.optim.lr)
+        self.cfg = cfg
         ops.set_backend(cfg.kernels.backend)
         self.source = _open_source(cfg, ranks)
         self.steps_per_epoch = steps_per_epoch(cfg, self.source)
         self.total_steps = cfg.train.epochs * self.steps_per_epoch
         self.stop_step = min(self.total_steps, cfg.train.max_steps or self.total_steps)
-        self.step = 0
-        self.skipped = 0
-        self._skipped_in_row = 0
         self._next_warning = 0
         self.trainer = PretrainStep(cfg, ranks, self.steps_per_epoch)
         self.health = HealthMonitor(cfg.head.prototypes, self.trainer.model.teacher.backbone.embed_dim)
         self.probe = self._build_probe()
-        self._telemetry = GpuTelemetry(ranks.local_rank) if ranks.device.type == "cuda" else None
         path = resume_path(folder, resume)
         if path is not None:
             self._restore(path)
         elif resume == "auto":
             logger.info("--resume auto: %s does not exist, so the run starts anew", folder.last)
 
-    def run(self) -> PretrainResult:
-        """Train to the end, to `train.max_steps`, or to a signal.
-
-        Raises:
-            NonFiniteError: too many steps in a row were not finite.
-            CheckpointError: a checkpoint could not be written.
-            DataError: too many images in a row are unreadable.
-        """
-        self._log_plan()
-        self.metrics = MetricLog(self.folder, self.step) if self.ranks.is_main else None
-        self.bad_images = BadImages(self.folder)
-        self._pace = Throughput()
-        begin = self.step
-        try:
-            with StopSignal() as signal:
-                while self.step < self.stop_step:
-                    interrupted = self._run_epoch(signal)
-                    self._end_epoch(interrupted)
-                    if interrupted and self.step < self.stop_step:
-                        logger.warning(
-                            "stopped at step %d, saved %s; continue with --resume auto", self.step, self.folder.last
-                        )
-                        return self._result(interrupted=True)
-        finally:
-            if self.metrics is not None:
-                self.metrics.close()
-        if self.step == begin:
-            logger.info("nothing left to do: %d of %d steps are done", self.step, self.stop_step)
-        else:
-            logger.info("done: %d steps; backbone in %s", self.step, self.folder.exported)
-        return self._result(interrupted=False)
+    def _finished(self) -> bool:
+        return self.step >= self.stop_step
 
     def _run_epoch(self, signal: StopSignal) -> bool:
-        """Steps up to the end of the epoch or of the run; True if a signal cut it short."""
         epoch, start = divmod(self.step, self.steps_per_epoch)
         loader = build_pretrain_loader(
             self.cfg, self.source, self.ranks.rank, self.ranks.world_size, epoch, start_step=start
@@ -155,7 +120,7 @@ class PretrainRun:
         result = self.trainer.finish(self.step)
         self.bad_images.add(path for batch in held for path in batch.bad)
         if result.finite:
-            self._skipped_in_row = 0
+            self._non_finite.finite()
             if self.ranks.is_main:
                 loss = self.cfg.loss
                 self.health.update(
@@ -165,40 +130,19 @@ class PretrainRun:
                     loss.student_temp,
                     patch_centre=centres[1] if loss.patch_centering == "centre" else None,
                     patch_temp=self.trainer.patch_temp(self.step),
+                    masked=held[-1].masked,
                 )
         else:
-            self._skip(result, held)
+            self._non_finite.skipped(
+                self.step + 1, result.loss, result.grad_norm, lambda: [self._content(batch) for batch in held]
+            )
         self._pace.add(self.cfg.train.batch_size, waited)
         self.step += 1
         self._log_step(result)
 
-    def _skip(self, result: StepResult, batches: list[CropBatch]) -> None:
-        """Count a step that was not finite, write its batches down, and stop when there were too many in a row."""
-        self.skipped += 1
-        self._skipped_in_row += 1
-        number = self.step + 1
-        suffix = f"_rank{self.ranks.rank}" if self.ranks.world_size > 1 else ""
-        path = self.folder.non_finite / f"step{number:07}{suffix}.pt"
-        kept = len(list(self.folder.non_finite.glob(f"step*{suffix}.pt")))
-        if kept < _KEPT_BATCHES:
-            content = [
-                {**vars(batch), "paths": [self.source.path(i) for i in batch.positions.tolist()]} for batch in batches
-            ]
-            write_checkpoint(path, {"step": number, "micro_batches": content})
-        logger.warning(
-            "step %d skipped: loss %g, gradient norm %g; nothing was updated, %s",
-            number, result.loss, result.grad_norm,
-            f"the batch is in {path}" if kept < _KEPT_BATCHES else f"{kept} earlier batches are in {path.parent}",
-        )  # fmt: skip
-        limit = self.cfg.train.non_finite_limit
-        if self._skipped_in_row >= limit:
-            raise NonFiniteError(
-                f"{limit} steps in a row (up to step {number}) had a loss or gradient that is not finite; the "
-                f"batches are in {self.folder.non_finite}. Likely causes: a learning rate that is too high, or images "
-                f"that are broken. Continue from the last checkpoint with less: --resume auto "
-                f"optim.lr={self.cfg.optim.lr / 2:g}, or with train.precision=fp32, or allow more with "
-                f"train.non_finite_limit={2 * limit}"
-            )
+    def _content(self, batch: CropBatch) -> dict[str, Any]:
+        """A batch as plain values and tensors, with the paths of its images."""
+        return {**vars(batch), "paths": [self.source.path(i) for i in batch.positions.tolist()]}
 
     def _log_step(self, result: StepResult) -> None:
         """Rows and the progress line, where one is due after step `self.step`."""
@@ -226,7 +170,6 @@ class PretrainRun:
         done = self.step - 1
         lr = float(self.trainer.schedules.lr[done])
         memory = memory_gb(self.ranks.device)
-        gpu = self._telemetry.sample() if self._telemetry is not None else None
         self.metrics.write(
             self.step,
             "train",
@@ -242,8 +185,8 @@ class PretrainRun:
             images_per_s=self._pace.images_per_s,
             data_wait=self._pace.data_wait,
             memory_gb=memory,
-            skipped=self.skipped,
-            **(gpu.as_row() if gpu is not None else {}),
+            skipped=self._non_finite.count,
+            **self._gpu_row(),
         )
         log_progress(
             f"step {self.step}/{self.stop_step}  epoch {self.step / self.steps_per_epoch:.2f}/{self.cfg.train.epochs}  "
@@ -254,7 +197,6 @@ class PretrainRun:
         self._pace.reset()
 
     def _end_epoch(self, interrupted: bool) -> None:
-        """Write the checkpoint, export, snapshot and probe that are due; the epoch may have been cut short."""
         epochs_done, rest = divmod(self.step, self.steps_per_epoch)
         whole = rest == 0
         snapshot = epochs_done - 1  # numbered from 0
@@ -308,7 +250,7 @@ class PretrainRun:
                 "steps_per_epoch": self.steps_per_epoch,
                 "images": len(self.source),
                 "world_size": self.ranks.world_size,
-                "skipped": self.skipped,
+                "skipped": self._non_finite.count,
                 "rng": rng_state(),
                 "health": self.health.state_dict(),
                 "versions": {"personvit": __version__, "torch": str(torch.__version__)},
@@ -321,7 +263,7 @@ class PretrainRun:
         check_same_run(path, state, self.cfg, self.steps_per_epoch, len(self.source))
         self.trainer.load_state_dict(state, path)
         self.step = int(own["step"])
-        self.skipped = int(own["skipped"])
+        self._non_finite.count = int(own["skipped"])
         self.health.load_state_dict(own["health"])
         set_rng_state(own["rng"])
         logger.info("continuing from %s at step %d of %d", path, self.step, self.stop_step)
@@ -329,7 +271,14 @@ class PretrainRun:
     def _metadata(self) -> dict[str, Any]:
         crops = self.cfg.crops
         epoch = self.step // self.steps_per_epoch
-        return {"mean": list(crops.mean), "std": list(crops.std), "step": self.step, "epoch": epoch}
+        return {
+            "mean": list(crops.mean),
+            "std": list(crops.std),
+            "step": self.step,
+            "epoch": epoch,
+            "recipe": to_plain(self.cfg),
+            "licence": self.cfg.train.licence,
+        }
 
     def _log_plan(self) -> None:
         cfg, ranks = self.cfg, self.ranks

@@ -7,6 +7,7 @@ import pytest
 
 from personvit.config import (
     EvaluateConfig,
+    FinetuneConfig,
     PretrainConfig,
     given_yaml,
     load_config,
@@ -17,16 +18,18 @@ from personvit.config import (
 from personvit.errors import ConfigError
 
 
-@pytest.mark.parametrize("recipe", recipes())
-def test_every_recipe_loads_and_reads_back(recipe, tmp_path):
-    cfg = load_config(PretrainConfig, recipe)
+@pytest.mark.parametrize(
+    ("schema", "recipe"), [(schema, name) for schema in (PretrainConfig, FinetuneConfig) for name in recipes(schema)]
+)
+def test_every_recipe_loads_and_reads_back(schema, recipe, tmp_path):
+    cfg = load_config(schema, recipe)
     (tmp_path / "resolved.yaml").write_text(to_yaml(cfg))
-    assert load_config(PretrainConfig, str(tmp_path / "resolved.yaml")) == cfg
+    assert load_config(schema, str(tmp_path / "resolved.yaml")) == cfg
 
 
 def test_recipes_that_the_documentation_names():
     named = {"demo", "vit_small_luperson", "vit_base_luperson", "vit_small_small_gpu"}
-    assert named | {"vit_small_luperson_disjoint", "vit_base_luperson_disjoint"} <= set(recipes())
+    assert named | {"vit_small_luperson_disjoint", "vit_base_luperson_disjoint"} <= set(recipes(PretrainConfig))
 
 
 @pytest.mark.parametrize("size", ["small", "base"])
@@ -50,7 +53,7 @@ def test_order_of_precedence(tmp_path):
 
 def test_what_was_given_reads_back(tmp_path):
     overrides = ["train.epochs=33", "data.root=/some where/x=y", "crops.local_crops=0"]
-    text = given_yaml("demo", overrides)
+    text = given_yaml(PretrainConfig, "demo", overrides)
     assert "non_finite_limit" not in text  # a default that nobody gave
     file = tmp_path / "config.yaml"
     file.write_text(text)

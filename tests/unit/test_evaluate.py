@@ -11,6 +11,7 @@ from PIL import Image
 
 from personvit import evaluate as entry
 from personvit.config import EvaluateConfig, load_config
+from personvit.engine import evaluation as engine
 from personvit.errors import CheckpointError, ConfigError, DataError
 from personvit.models.vit import vit_micro
 from personvit.models.weights import save_backbone
@@ -260,7 +261,7 @@ def test_cached_features_spare_the_model(market, weights, tmp_path, capsys, monk
         raise AssertionError("extracted again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(entry, "extract_features", refuse)
+        patch.setattr(engine, "extract_features", refuse)
         entry.main(arguments)
         assert capsys.readouterr().out == first
         with pytest.raises(AssertionError, match="extracted again"):
@@ -269,7 +270,7 @@ def test_cached_features_spare_the_model(market, weights, tmp_path, capsys, monk
     torch.manual_seed(2)
     save_backbone(vit_micro(img_size=(32, 16), patch_size=8), weights_of_another_training)
     os.replace(weights_of_another_training, weights)  # same path, other content
-    monkeypatch.setattr(entry, "extract_features", refuse)
+    monkeypatch.setattr(engine, "extract_features", refuse)
     with pytest.raises(AssertionError, match="extracted again"):
         entry.main(arguments)
 
@@ -296,6 +297,6 @@ def test_ranking_stays_on_the_gpu_only_with_its_compiled_operators(monkeypatch, 
     def report(device):
         return [ReportRow("attention", "reference", ""), ReportRow("rank_counts", backend, "no compiler")]
 
-    monkeypatch.setattr(entry.ops, "report", report)
-    assert entry.ranking_device(torch.device("cuda:1")) == torch.device(expected)
-    assert entry.ranking_device(torch.device("cpu")) == torch.device("cpu")
+    monkeypatch.setattr(engine.ops, "report", report)
+    assert engine.ranking_device(torch.device("cuda:1")) == torch.device(expected)
+    assert engine.ranking_device(torch.device("cpu")) == torch.device("cpu")
