@@ -33,10 +33,10 @@ _PRETRAINED, _SCRATCH = "fine-tuned, pre-trained", "fine-tuned, from scratch"
 
 _WHAT_IT_SHOWS = """\
 mAP, rank-1: find {valid} queries of persons that no model has seen, in a gallery of other cameras. rr-: after
-k-reciprocal re-ranking (k1=20, k2=6, lambda=0.3), which also uses who is near whom. Fine-tuning: {epochs} epochs on {ids}
-other persons with names, once for each seed; "pre-trained" starts from the backbone of this run, "from scratch" from
-random weights. Pre-training, without names: of {views} augmented images, the other view of the same one is found for
-{before:.1f} % before and {after:.1f} % after it (guessing: {chance:.1f} %).
+k-reciprocal re-ranking (k1=20, k2=6, lambda=0.3), which also uses who is near whom. Fine-tuning: {epochs} epochs on
+{ids} other persons with names, once for each seed; "pre-trained" starts from the backbone of this run, "from scratch"
+from random weights. Pre-training, without names: of {views} augmented images, the other view of the same one is found
+for {before:.1f} % before and {after:.1f} % after it (guessing: {chance:.1f} %).
 What this shows: every part works on this machine. What it cannot show: how good PersonViT is. This is a {arch} at
 {height}x{width} after {steps} steps on drawn persons; the paper pre-trains a ViT-S or ViT-B at 256x128 for 300 epochs
 on 4 million crops. Self-distillation needs thousands of steps before fine-tuning gains from it; so few can cost some.\
