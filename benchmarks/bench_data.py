@@ -2,15 +2,19 @@
 
 python benchmarks/bench_data.py                      generated persons
 python benchmarks/bench_data.py --root FOLDER        any source that data.root takes
-python benchmarks/bench_data.py --step-ms 200        also: which share of training steps of 200 ms waits for data
+python benchmarks/bench_data.py --recipe demo --train  also: which share of real steps of a recipe waits for data
+python benchmarks/bench_data.py --step-ms 200        the same of steps that only sleep, as the host of a GPU does
 python benchmarks/bench_data.py --quick              a smoke test; its figures say nothing
 
 On a CPU: torchvision with 1 and 2 reader processes, dali-cpu with 1 and 2 threads. With a GPU also dali-gpu, JPEGs
 decoded on the CPU, or by nvJPEG with a share of 0, 0.35, 0.65 and 0.9 for the hardware decoder; processes and threads
 are then --workers. Before anything is timed, the boxes, mirrors and sizes of dali-cpu must be those of torchvision.
 
-The variants take turns, a few batches each, so that a noisy moment of the machine hits all. Nothing trains beside them:
-a run on a CPU shares the cores. Rows are appended to benchmarks/results/data.jsonl.
+The variants take turns, a few batches each, so that a noisy moment of the machine hits all. Images and crops per second
+are those of a loader that has the machine to itself. The waiting is measured after that, in the same turn: time in
+which a step has no batch yet, of all the time. With --train the steps are those of a run (forward, backward, AdamW,
+moving average, on the GPU if there is one), and on a CPU they share its cores with the loader, as in a run. Rows are
+appended to benchmarks/results/data.jsonl.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import dataclasses
 import importlib.util
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,8 +33,10 @@ import torch
 from PIL import Image
 
 from personvit.config import DataConfig, PretrainConfig, load_config
-from personvit.data.loaders import build_pretrain_loader
+from personvit.data.loaders import CropBatch, build_pretrain_loader
 from personvit.data.sources import ImageSource, open_source
+from personvit.engine.step import PretrainStep
+from personvit.runtime.distributed import Ranks
 from personvit.runtime.memory import keep_freed_memory
 
 GOAL = 2.0  # dali-cpu over torchvision, as many threads as processes
@@ -100,8 +107,27 @@ class Repeated:
         return self._source.load(index % len(self._source))
 
 
-def seconds_per_batch(cfg: PretrainConfig, source: ImageSource, count: int, step_s: float) -> tuple[float, float]:
-    """Seconds per batch in the long run, and the share of the time that steps of `step_s` seconds wait for theirs."""
+def sleeping_step(seconds: float) -> Callable[[CropBatch], None]:
+    """A step that leaves the host alone."""
+    return lambda batch: time.sleep(seconds)
+
+
+def training_step(cfg: PretrainConfig) -> Callable[[CropBatch], None]:
+    """Whole steps of a run of this configuration, one after the other."""
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    trainer = PretrainStep(cfg, Ranks(0, 1, 0, device), steps_per_epoch=1)
+
+    def step(batch: CropBatch) -> None:
+        trainer.forward_backward(batch.to(device), 0, 0)
+        trainer.finish(0)
+
+    return step
+
+
+def seconds_per_batch(
+    cfg: PretrainConfig, source: ImageSource, count: int, step: Callable[[CropBatch], None] | None
+) -> tuple[float, float | None, float | None]:
+    """Seconds per batch of the loader alone; seconds of a step with its waiting, and the share that is waiting."""
     loader = iter(build_pretrain_loader(cfg, source, 0, 1, 0))
     for _ in range(WARMUP_BATCHES):
         next(loader)
@@ -110,14 +136,18 @@ def seconds_per_batch(cfg: PretrainConfig, source: ImageSource, count: int, step
         next(loader)
     _synchronise()
     seconds = (time.perf_counter() - begin) / count
-    waited = 0.0
-    for _ in range(count if step_s else 0):
-        start = time.perf_counter()
-        next(loader)
-        waited += time.perf_counter() - start
-        time.sleep(step_s)
+    waited, whole = 0.0, None
+    if step is not None:
+        step(next(loader))  # what is made at the first step is not what is timed
+        begin = time.perf_counter()
+        for _ in range(count):
+            start = time.perf_counter()
+            batch = next(loader)
+            waited += time.perf_counter() - start
+            step(batch)
+        whole = time.perf_counter() - begin
     loader.close()  # type: ignore[attr-defined]
-    return seconds, waited / (waited + count * step_s) if step_s else 0.0
+    return (seconds, None, None) if whole is None else (seconds, whole / count, waited / whole)
 
 
 def _synchronise() -> None:
@@ -161,39 +191,48 @@ def main() -> None:
             *options.overrides,
         ],
     )
-    source = Repeated(open_source(cfg.data), options.batch_size * (WARMUP_BATCHES + 2 * options.batches))
+    source = Repeated(open_source(cfg.data), options.batch_size * (WARMUP_BATCHES + 2 * options.batches + 1))
     views = 2 + cfg.crops.local_crops
     print(f"{len(source)} images, batches of {options.batch_size}, {views} views of each, recipe {options.recipe}")
     found = variants(options.workers, options.quick)
     if len(found) > len(options.workers):
         check_parity(cfg, source)
     times: dict[Variant, list[float]] = {variant: [] for variant in found}
-    waits: dict[Variant, list[float]] = {variant: [] for variant in found}
+    waits: dict[Variant, list[tuple[float, float]]] = {variant: [] for variant in found}
+    step = training_step(cfg) if options.train else sleeping_step(options.step_ms / 1e3) if options.step_ms else None
     for _ in range(options.rounds):
         for variant in found:
             run = dataclasses.replace(cfg, data=variant.data(cfg.data))
-            seconds, wait = seconds_per_batch(run, source, options.batches, options.step_ms / 1e3)
+            seconds, whole, wait = seconds_per_batch(run, source, options.batches, step)
             times[variant].append(seconds)
-            waits[variant].append(wait)
+            if whole is not None and wait is not None:
+                waits[variant].append((whole, wait))
     rows = []
-    print(f"{'loader':40} {'images/s':>9} {'crops/s':>9} {'waits':>6}")
+    print(f"{'loader':40} {'images/s':>9} {'crops/s':>9} {'ms a step':>9} {'waits':>6}")
     for variant in found:
         measured = harness.Measurement(tuple(times[variant]), None)
-        wait = statistics.median(waits[variant]) if options.step_ms else None
+        step_ms, wait = _medians(waits[variant])
         images = options.batch_size / measured.at(50)
-        print(
-            f"{variant.text():40} {images:9.1f} {views * images:9.0f} {'' if wait is None else format(wait, '.1%'):>6}"
-        )
+        stepping = "" if step_ms is None or wait is None else f"{step_ms:9.0f} {wait:6.1%}"
+        print(f"{variant.text():40} {images:9.1f} {views * images:9.0f} {stepping}")
         more = {
             "workers": variant.workers, "decode": variant.decode, "hw_decoder_load": variant.hw_decoder_load,
             "images_per_s": images, "crops_per_s": views * images, "recipe": options.recipe,
             "source": Path(options.root).name if options.root else "generated",
-            "step_ms": options.step_ms or None, "data_wait": wait,
+            "step": None if step is None else "train" if options.train else "sleep",
+            "step_ms": step_ms, "data_wait": wait,
         }  # fmt: skip
         rows.append(harness.row("data", variant.loader, [options.batch_size, views], measured, **more))
     _print_ratios(times)
     if not options.quick:
         print(f"rows appended to {harness.append_rows('data', rows, device)}")
+
+
+def _medians(steps: list[tuple[float, float]]) -> tuple[float | None, float | None]:
+    """Milliseconds of a step, waiting included, and share of the waiting."""
+    if not steps:
+        return None, None
+    return 1e3 * statistics.median(whole for whole, _ in steps), statistics.median(wait for _, wait in steps)
 
 
 def _print_ratios(times: dict[Variant, list[float]]) -> None:
@@ -214,7 +253,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, default=100 if torch.cuda.is_available() else 8, help="timed, a turn")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, nargs="+", default=default, help="processes or threads (%(default)s)")
-    parser.add_argument("--step-ms", type=float, default=0, help="also measure the waiting of steps of this length")
+    step = parser.add_mutually_exclusive_group()
+    step.add_argument("--train", action="store_true", help="also measure the waiting of real steps of the recipe")
+    step.add_argument("--step-ms", type=float, default=0, help="also measure the waiting of steps that sleep so long")
     parser.add_argument("--quick", action="store_true", help="a few small batches, nothing is appended")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="configuration")
     options = parser.parse_args()

@@ -32,7 +32,10 @@ a GPU.
 The floor of a benchmark is the time that the bytes and products which cannot be avoided would take at the rates of
 `copy` and `matmul` measured on the same machine in the same run. Baselines are described at the top of each script.
 """
-KIND = ("op", "backend", "shape", "dtype", "scale", "recipe", "model", "cold", "source", "workers", "device")
+KIND = (
+    *("op", "backend", "shape", "dtype", "scale", "recipe", "model", "cold", "source", "workers", "device"),
+    *("decode", "hw_decoder_load"),
+)
 NOT_MEASURED = "**Not measured: no GPU was at hand.** `make bench-gpu` on a machine that has one adds the rows.\n"
 
 
@@ -198,19 +201,25 @@ def loading(rows: list[Row]) -> Iterable[str]:
     """Loaders beside torchvision's."""
 
     def lines() -> Iterable[list[str]]:
-        for group in groups_of(rows, "source", "workers").values():
+        for group in groups_of(rows, "recipe", "source", "workers").values():
             base = next((row for row in group if row["backend"] == "torchvision"), None)
             for row in group:
+                mixed = f", nvJPEG {row['hw_decoder_load']:g}" if row["decode"] == "mixed" else ""
+                waits = row["data_wait"] is not None and row.get("step") is not None
                 yield [
-                    f"{row['backend']}, {row['workers']} workers or threads",
+                    f"{row['backend']}, {row['workers']} workers or threads{mixed}",
+                    f"{row['recipe']} ({row['shape'][1]})",
                     row["source"],
                     f"{row['images_per_s']:,.0f}",
                     f"{row['crops_per_s']:,.0f}",
                     "" if base is None else f"{row['images_per_s'] / base['images_per_s']:.2f}x",
+                    f"{row['step_ms']:.0f} ms ({row['step']})" if waits else "",
+                    f"{100 * row['data_wait']:.1f} %" if waits else "",
                     row["commit"],
                 ]
 
-    yield from grid(["loader", "images of", "images/s", "crops/s", "to torchvision", "commit"], lines())
+    head = ["loader", "recipe (crops)", "images of", "images/s", "crops/s", "to torchvision", "step", "waits", "commit"]
+    yield from grid(head, lines())
 
 
 SECTIONS = (
@@ -238,10 +247,12 @@ SECTIONS = (
         rates,
     ),
     Section(
-        "Loading: 2 crops of 256x128 and 8 of 128x64",
+        "Loading",
         "data.jsonl",
         "bench_data.py",
-        "From JPEG files to normalised float32 crops, loaders in turns.",
+        "From JPEG files to normalised float32 crops, loaders in turns; vit_small_luperson: 2 crops of 256x128 and 8\n"
+        "of 128x64 of each image. The last columns: how long a step takes beside the loader, and the share of it in\n"
+        "which it waits for its batch (`--train`: real steps, which on a CPU share the cores with the loader).",
         loading,
     ),
     Section(

@@ -34,6 +34,42 @@ inline bool same_place(const Tensor& a, const Tensor& b) {
   return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
 }
 
+inline void check_photometry(const Tensor& views, const Tensor& maps, const Tensor& kernels, const Tensor& radius,
+                             const Tensor& solarize, const Tensor& mean, const Tensor& deviation, const Tensor& out) {
+  STD_TORCH_CHECK(views.dim() == 4 && views.scalar_type() == ScalarType::Byte && views.size(1) == 3 &&
+                      views.size(2) >= 1 && views.size(3) >= 1,
+                  "photometry: views must be [N, 3, H, W] uint8 with pixels");
+  STD_TORCH_CHECK(
+      out.dim() == 4 && out.scalar_type() == ScalarType::Float && out.is_contiguous() && same_place(out, views),
+      "photometry: out must be [N, 3, H, W] float32, contiguous, on the device of views");
+  for (int dim = 0; dim < 4; ++dim) {
+    STD_TORCH_CHECK(out.size(dim) == views.size(dim), "photometry: out has ", out.size(dim), " entries along ", dim,
+                    ", views ", views.size(dim));
+  }
+  const int64_t count = views.size(0);
+  STD_TORCH_CHECK(maps.dim() == 3 && maps.scalar_type() == ScalarType::Float && maps.size(0) == count &&
+                      maps.size(1) == 3 && maps.size(2) == 4,
+                  "photometry: maps must be [N, 3, 4] float32");
+  STD_TORCH_CHECK(kernels.dim() == 2 && kernels.scalar_type() == ScalarType::Float && kernels.size(0) == count &&
+                      kernels.size(1) % 2 == 1,
+                  "photometry: kernels must be [N, K] float32, K odd");
+  STD_TORCH_CHECK(radius.dim() == 1 && radius.scalar_type() == ScalarType::Long && radius.size(0) == count &&
+                      solarize.dim() == 1 && solarize.scalar_type() == ScalarType::Bool && solarize.size(0) == count,
+                  "photometry: radius must be [N] int64 and solarize [N] bool");
+  STD_TORCH_CHECK(mean.dim() == 1 && mean.scalar_type() == ScalarType::Float && mean.size(0) == 3 &&
+                      deviation.dim() == 1 && deviation.scalar_type() == ScalarType::Float && deviation.size(0) == 3,
+                  "photometry: mean and deviation must be [3] float32");
+}
+
+// No blur reaches beyond its kernel or beyond what a reflection can supply. Only for memory that the host can read.
+inline void check_radius(const int64_t* radius, int64_t count, int64_t taps, int64_t height, int64_t width) {
+  const int64_t largest = std::min({taps / 2, height - 1, width - 1});
+  for (int64_t at = 0; at < count; ++at) {
+    STD_TORCH_CHECK(radius[at] >= 0 && radius[at] <= largest, "photometry: a radius of ", radius[at],
+                    ", expected 0 to ", largest);
+  }
+}
+
 inline void check_pair(const Tensor& query, const Tensor& gallery, const char* name) {
   STD_TORCH_CHECK(query.dim() == 2 && gallery.dim() == 2, name, ": query and gallery must have 2 dimensions, got ",
                   query.dim(), " and ", gallery.dim());

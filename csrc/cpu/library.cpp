@@ -5,6 +5,9 @@ STABLE_TORCH_LIBRARY(personvit, library) {
   library.def(
       "block_masks(Tensor targets, int height, int width, int seed, int first, float log_aspect_low, "
       "float log_aspect_high) -> Tensor");
+  library.def(
+      "photometry(Tensor views, Tensor maps, Tensor kernels, Tensor radius, Tensor solarize, Tensor mean, "
+      "Tensor deviation, Tensor(a!) out) -> ()");
   library.def("knn(Tensor query, Tensor gallery, int k) -> (Tensor, Tensor, Tensor)");
   library.def("knn_begin(Tensor features, int k) -> (Tensor, Tensor, Tensor, Tensor)");
   library.def(

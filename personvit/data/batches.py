@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from personvit.config import PretrainConfig
-from personvit.data.masks import BlockMaskGenerator
+from personvit.data.masks import BlockMaskGenerator, mask_bound, masked_patches
 from personvit.data.sources import ImageSource
 from personvit.errors import ConfigError, DataError
 from personvit.runtime.seed import stream_seed
@@ -42,8 +42,9 @@ class CropBatch:
         global_crops: [2B, 3, H, W] float32, normalised, crop-major.
         local_crops: [L*B, 3, h, w] float32, normalised, crop-major; None if there are no local crops.
         masks: [2B, N] bool, True = hidden from the student.
-        mask_indices: [M] int64, the masked patches' places in the flattened [2B * N], ascending.
-        mask_weights: [M] float32, 1 / number of masked patches of the patch's crop.
+        mask_indices: [M*] int64, places in the flattened [2B * N]: the masked patches, ascending, then padding: other
+            patches, all different (see `pads_masks`).
+        mask_weights: [M*] float32, 1 / number of masked patches of the patch's crop; 0 for padding.
         positions: [B] int64, which images of the source these are.
         bad: unreadable files that were replaced by their successors.
     """
@@ -55,6 +56,11 @@ class CropBatch:
     mask_weights: Tensor
     positions: Tensor
     bad: list[str]
+
+    @property
+    def masked(self) -> int:
+        """M, masked patches: so many of the rows of `mask_indices` are no padding. Waits for the device."""
+        return int(self.mask_weights.count_nonzero())
 
     def to(self, device: torch.device | str) -> CropBatch:
         """The batch with every tensor on `device`; copies from pinned memory do not block."""
@@ -124,7 +130,10 @@ class BatchPlan:
         self._masks_enabled = masks_enabled and epoch >= cfg.masks.start_epoch
         height, width = cfg.crops.global_size
         patch = cfg.model.patch_size
-        self._masks = BlockMaskGenerator(cfg.masks, (height // patch, width // patch))
+        grid = (height // patch, width // patch)
+        self._masks = BlockMaskGenerator(cfg.masks, grid)
+        padded = self._masks_enabled and pads_masks()
+        self._mask_bound = mask_bound(cfg.masks, grid[0] * grid[1], 2 * self.size) if padded else None
         generator = np.random.Generator(np.random.PCG64(stream_seed(cfg.train.seed, _ORDER, epoch)))
         self._order = generator.permutation(len(source))[: self.steps * batch_size]  # position -> image
 
@@ -159,17 +168,26 @@ class BatchPlan:
         first = 2 * self.first_position(micro)
         masks = self._masks(2 * self.size, self._masks_seed, first=first, enabled=self._masks_enabled)
         masks = masks.view(self.size, 2, -1).transpose(0, 1).reshape(2 * self.size, -1)
-        indices = masks.flatten().nonzero().flatten()
-        counts = masks.sum(1)
+        indices, weights = masked_patches(masks, self._mask_bound)
         return CropBatch(
             global_crops=global_crops,
             local_crops=local_crops,
             masks=masks,
             mask_indices=indices,
-            mask_weights=1.0 / counts[indices // masks.shape[1]].float(),
+            mask_weights=weights,
             positions=torch.tensor(used, dtype=torch.int64),
             bad=bad,
         )
+
+
+def pads_masks() -> bool:
+    """Whether masked patches are padded to a fixed number (`mask_bound`), so that all steps have the same shapes.
+
+    With a CUDA device they are: allocator, compiled blocks and kernels then see one shape. On a CPU a shape costs
+    nothing and rows cost time, so there is no padding. In epochs without masks there are no rows at all: shapes change
+    once, at `masks.start_epoch`. Loss and gradients are the same either way.
+    """
+    return torch.cuda.is_available()
 
 
 def steps_per_epoch(cfg: PretrainConfig, source: ImageSource) -> int:

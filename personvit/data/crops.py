@@ -11,8 +11,7 @@ from torchvision.transforms.v2 import functional as F
 
 from personvit.config import CropsConfig
 from personvit.data.views import BRIGHTNESS, CONTRAST, SATURATION, ViewParameters, draw_views
-
-SOLARIZE_THRESHOLD = 128
+from personvit.ops.colour import SOLARIZE_THRESHOLD
 
 
 class MultiCrop:

@@ -192,26 +192,33 @@ class _Maker(Generic[Key, Batch]):
         self._reading: deque[tuple[Key, list[Future[list[tuple[int, Encoded, list[str]]]]]]] = deque()
         self._again: deque[_Prepared[Key, Batch]] = deque()  # to be repeated after a failure
         self._in_pipeline: deque[_Prepared[Key, Batch]] = deque()
+        self._pipeline: Any = None
 
     def batches(self) -> Iterator[Batch]:
         """Every batch in its turn."""
-        pipeline = self._build()
+        try:
+            while (outputs := self._outputs()) is not None:
+                yield self._finish(self._in_pipeline.popleft(), outputs)
+        finally:
+            self._pipeline = None
+
+    def _outputs(self) -> Any:
+        """What the pipeline makes of the next batch; None after the last one."""
         while True:
+            if self._pipeline is None:
+                self._pipeline = self._build()
             try:
-                outputs = pipeline.run()
+                return self._pipeline.run()
             except StopIteration:
-                return
+                return None
             except Exception as error:
-                # The pipeline must be gone now. Its traceback would keep it until some garbage collection, and one in
-                # a forked process waits for threads that are not there.
+                # It must be gone now. The traceback would keep it until some garbage collection, and if that takes
+                # place in a forked process, it waits there for threads that do not exist.
                 traceback.clear_frames(error.__traceback__)
-                del pipeline
+                self._pipeline = None
                 if not isinstance(error, RuntimeError):
                     raise
                 self._recover(error)
-                pipeline = self._build()
-                continue
-            yield self._finish(self._in_pipeline.popleft(), outputs)
 
     def _build(self) -> Any:
         from personvit.data.dali_graph import build_pipeline

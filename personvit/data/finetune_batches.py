@@ -146,7 +146,7 @@ class FinetunePlan:
             try:
                 return candidate, load(candidate)
             except DataError as error:
-                last = error
+                last = str(error)
                 bad.append(self.source.path(candidate))
         raise DataError(
             f"none of the {len(bad) - failed} training images of the identity of {self.source.path(index)} can be "

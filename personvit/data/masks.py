@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from personvit import ops
 from personvit.config import MasksConfig
@@ -12,6 +15,8 @@ from personvit.errors import ConfigError
 from personvit.runtime.seed import stream_seed
 
 _RATIO, _PLACE = 0, 1  # separate random streams of one seed
+_SIGMAS = 6  # a normal variable exceeds them once in 1e9 draws
+_ALIGNMENT = 8  # rows of a matrix product that tensor cores take without a remainder
 
 
 class BlockMaskGenerator:
@@ -77,6 +82,52 @@ class BlockMaskGenerator:
         pair = (draws[:, 0] * len(self._mean)).astype(np.int64)
         ratios: np.ndarray = self._mean[pair] + self._half_width[pair] * (2 * draws[:, 1] - 1)
         return ratios
+
+
+def mask_bound(cfg: MasksConfig, cells: int, crops: int) -> int:
+    """A number of masked patches that hardly any micro-batch exceeds: mean + 6 standard deviations.
+
+    A crop masks at most ratio * cells patches. Ratios are drawn independently, from a mixture of uniform
+    distributions whose moments are known: E[r] = mean of the means, E[r^2] = mean of (mean^2 + half width^2 / 3).
+
+    Args:
+        cfg: ratios.
+        cells: patches of a global crop.
+        crops: global crops of a micro-batch.
+
+    Returns:
+        The bound, rounded up to a multiple of 8; at most all patches.
+    """
+    mean, half_width = np.asarray(cfg.ratio), np.asarray(cfg.ratio_var)
+    first, second = mean.mean(), (mean**2 + half_width**2 / 3).mean()
+    deviation = math.sqrt(max(0.0, second - first**2))
+    wanted = cells * float(crops * first + _SIGMAS * math.sqrt(crops) * deviation)
+    return min(crops * cells, math.ceil(wanted / _ALIGNMENT) * _ALIGNMENT)
+
+
+def masked_patches(masks: Tensor, bound: int | None = None) -> tuple[Tensor, Tensor]:
+    """Places and weights of the masked patches of some crops, padded to a fixed number on request.
+
+    Padding rows are unmasked patches of weight 0, all different from each other: they cost time and change neither
+    the loss nor a gradient. A draw beyond the bound takes the next multiple of it: nothing is cut off, and nothing is
+    drawn again, either of which would change the distribution of the masks.
+
+    Args:
+        masks: [crops, N] bool, True = masked.
+        bound: multiple to pad to (see `mask_bound`); None: no padding.
+
+    Returns:
+        indices: [M*] int64, flat over crops * N: the masked patches, ascending, then the padding, ascending.
+        weights: [M*] float32, 1 / number of masked patches of the patch's crop; 0 for padding.
+    """
+    flat = masks.flatten()
+    indices = flat.nonzero().flatten()
+    weights = 1.0 / masks.sum(1)[indices // masks.shape[1]].float()
+    if not bound:
+        return indices, weights
+    padding = min(len(flat), max(1, math.ceil(len(indices) / bound)) * bound) - len(indices)
+    spare = flat.logical_not().nonzero().flatten()[:padding]
+    return torch.cat([indices, spare]), F.pad(weights, (0, padding))
 
 
 def uniform_rows(rows: int, columns: int, seed: int, first: int) -> np.ndarray:

@@ -127,6 +127,7 @@ class HealthMonitor:
         *,
         patch_centre: Tensor | None = None,
         patch_temp: float | None = None,
+        masked: int | None = None,
     ) -> None:
         """Take in one micro-batch.
 
@@ -138,6 +139,7 @@ class HealthMonitor:
             student_temp: temperature of the student.
             patch_centre: [1, 1, K'] for the patch statistics; None leaves them out.
             patch_temp: temperature of the teacher's patch distribution; None: `teacher_temp`.
+            masked: rows of `outputs.teacher_patch` that are of masked patches, padding lies behind them; None: all.
         """
         self._temperatures = teacher_temp, student_temp
         batch = len(outputs.teacher_cls) // 2
@@ -153,8 +155,9 @@ class HealthMonitor:
         nearest = (embeddings[:count] @ embeddings[count:].t()).argmax(1)
 
         patch_entropy, patches = logits.new_zeros(()), 0
-        if patch_centre is not None and len(outputs.teacher_patch):
-            patch_logits = outputs.teacher_patch[: 4 * self.samples].float() - patch_centre.flatten().float()
+        patch_logits = outputs.teacher_patch[:masked][: 4 * self.samples]
+        if patch_centre is not None and len(patch_logits):
+            patch_logits = patch_logits.float() - patch_centre.flatten().float()
             log_patch = F.log_softmax(patch_logits / (patch_temp or teacher_temp), dim=1)
             patch_entropy, patches = -(log_patch.exp() * log_patch).sum(), len(log_patch)
             self._patch_assignments.write(log_patch.argmax(1))

@@ -53,7 +53,7 @@ def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> T
 
 
 @torch.no_grad()
-def sinkhorn_offset(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
+def sinkhorn_offset(logits: Tensor, temperature: float, iterations: int = 3, counted: Tensor | None = None) -> Tensor:
     """What Sinkhorn-Knopp takes from the logits: its targets are softmax((logits - offset) / temperature).
 
     Each iteration divides the columns by their mass, then the rows by theirs. In the log domain these are terms that
@@ -65,6 +65,7 @@ def sinkhorn_offset(logits: Tensor, temperature: float, iterations: int = 3) -> 
         logits: [M, K] teacher logits of this rank; M may be 0 and may differ between ranks.
         temperature: softmax temperature.
         iterations: alternations.
+        counted: [M] bool, rows that have mass; None: all.
 
     Returns:
         [K] float32, the same on all ranks.
@@ -73,7 +74,10 @@ def sinkhorn_offset(logits: Tensor, temperature: float, iterations: int = 3) -> 
     columns = scaled.new_zeros(scaled.shape[1])
     for iteration in range(iterations):
         log_mass = (scaled - columns).log_softmax(dim=1) if iteration else scaled
-        columns = columns + _logsumexp_over_ranks(log_mass.logsumexp(dim=0))
+        if counted is not None:
+            log_mass = log_mass.masked_fill(~counted.unsqueeze(1), -torch.inf)
+        mass = _logsumexp_over_ranks(log_mass.logsumexp(dim=0))
+        columns = columns + mass.masked_fill(mass == -torch.inf, 0.0)  # no row on any rank
     return temperature * columns
 
 
@@ -127,13 +131,14 @@ class TeacherTargets(nn.Module):
         """The buffer that holds the centre."""
         return self.get_buffer(self.centre_name)
 
-    def offset(self, teacher_logits: Tensor, temperature: float) -> Tensor:
+    def offset(self, teacher_logits: Tensor, temperature: float, counted: Tensor | None = None) -> Tensor:
         """What is taken from raw teacher logits [M, K] before their softmax, [K] float32: the centre.
 
-        With Sinkhorn-Knopp it depends on the logits of all ranks, and every rank must call it.
+        With Sinkhorn-Knopp it depends on the logits of all ranks, and every rank must call it. Rows that are not
+        `counted` [M] bool (None: all are) have no part in it.
         """
         if self.centering == "sinkhorn":
-            return sinkhorn_offset(teacher_logits, temperature, self.sinkhorn_iterations)
+            return sinkhorn_offset(teacher_logits, temperature, self.sinkhorn_iterations, counted)
         return self.centre.flatten()
 
     @torch.no_grad()

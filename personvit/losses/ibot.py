@@ -27,16 +27,16 @@ class IBOTPatchLoss(TeacherTargets):
         """Mean over crops of the mean cross entropy of their masked patches.
 
         Args:
-            student_patch: [M, K'] logits of masked patches, M may be 0.
+            student_patch: [M, K'] logits of masked patches and of padding, M may be 0.
             teacher_patch: [M, K'] raw logits of the same patches.
-            mask_weights: [M] float32, 1 / masked patches of the crop.
+            mask_weights: [M] float32, 1 / masked patches of the crop; 0 for padding, which then changes nothing.
             crops: number of global crops 2B, those without a mask included.
             teacher_temp: teacher temperature for patches of this epoch.
 
         Returns:
             Scalar float32, 0 (with a gradient of 0) if nothing is masked.
         """
-        offset = self.offset(teacher_patch, teacher_temp)
+        offset = self.offset(teacher_patch, teacher_temp, mask_weights > 0)
         images = len(student_patch)  # a patch is compared with the teacher's view of itself, and with no other
         loss, _ = distill_cross_entropy(
             student_patch, teacher_patch, offset, self.student_temp, teacher_temp, images, False, mask_weights

@@ -40,7 +40,7 @@ class Crops(Protocol):
 
     @property
     def mask_indices(self) -> Tensor:
-        """[M] int64, flat over 2B*N."""
+        """[M] int64, flat over 2B*N; masked patches, and padding behind them."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class SSLOutputs:
     student_cls: Tensor
     """[(2 + L) * B, K], crop-major."""
     student_patch: Tensor
-    """[M, K'], masked patches only."""
+    """[M, K'], masked patches only, and padding behind them."""
     teacher_cls: Tensor
     """[2B, K]."""
     teacher_patch: Tensor

@@ -5,6 +5,7 @@ from __future__ import annotations
 from personvit.ops.adamw import adamw_ema
 from personvit.ops.attention import packed_attention
 from personvit.ops.backend import ReportRow, get_backend, report, set_backend
+from personvit.ops.colour import photometry
 from personvit.ops.distill import distill_cross_entropy
 from personvit.ops.masks import block_masks
 from personvit.ops.neighbours import knn, nearest, pairwise_distance
@@ -30,6 +31,7 @@ __all__ = [
     "nearest",
     "packed_attention",
     "pairwise_distance",
+    "photometry",
     "query_expansion",
     "rank_counts",
     "reciprocal_weights",

@@ -55,6 +55,20 @@ def block_masks(
     return masks
 
 
+def photometry(
+    views: Tensor,
+    maps: Tensor,
+    kernels: Tensor,
+    radius: Tensor,
+    solarize: Tensor,
+    mean: Tensor,
+    deviation: Tensor,
+    out: Tensor,
+) -> None:
+    """`personvit::photometry`; see `personvit.ops.photometry`."""
+    torch.ops.personvit.photometry(views, maps, kernels, radius, solarize, mean, deviation, out)
+
+
 def knn(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """`personvit::knn`; see `personvit.ops.nearest`."""
     distances, indices, row_max = torch.ops.personvit.knn(query, gallery, k)
@@ -229,6 +243,10 @@ def _fake_rerank_lists(query: Tensor, gallery: Tensor, *rest: Any) -> tuple[Tens
     return query.new_empty(shape), query.new_empty(shape, dtype=torch.int64)
 
 
+def _fake_photometry(views: Tensor, *rest: Any) -> None:
+    return None
+
+
 def _fake_knn_begin(features: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     panels = features.new_empty(((features.shape[0] + PANEL - 1) // PANEL, features.shape[1], PANEL))
     return (panels, *_fake_knn(features, features, k))
@@ -255,6 +273,7 @@ def _fake_rank_counts(
 
 _FAKES: dict[str, Callable[..., Any]] = {
     "block_masks": _fake_block_masks,
+    "photometry": _fake_photometry,
     "knn": _fake_knn,
     "knn_begin": _fake_knn_begin,
     "knn_step": _fake_knn_step,

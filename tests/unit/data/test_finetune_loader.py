@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import importlib.util
 import multiprocessing
 import os
@@ -276,15 +278,20 @@ def test_an_identity_without_a_readable_image_is_an_error_with_a_command(train, 
     assert "Traceback" not in str(caught.value)
 
 
+def spoil(path: str) -> None:
+    """Whole to look at, but its first quantisation table has become a comment."""
+    content = Path(path).read_bytes()
+    place = content.index(b"\xff\xdb")
+    content = content[:place] + b"\xff\xfe" + content[place + 2 :]
+    assert plain_jpeg_size(content) is not None
+    Path(path).write_bytes(content)
+
+
 @needs_dali
 def test_a_file_that_fails_in_the_pipeline_costs_nothing_but_itself(train, caplog):
     """It gets past the look at its header: the pipeline fails, is rebuilt, and every other image is what it was."""
     sound = batches(config("dali-cpu"), train) + batches(config("dali-cpu"), train, 1)
-    content = Path(train.paths[7]).read_bytes()
-    place = content.index(b"\xff\xdb")
-    content = content[:place] + b"\xff\xfe" + content[place + 2 :]  # the quantisation table has become a comment
-    assert plain_jpeg_size(content) is not None
-    Path(train.paths[7]).write_bytes(content)
+    spoil(train.paths[7])
     reader = FinetuneReader(config("dali-cpu", epochs=2), train, 0, 1)
     found = [batch for epoch in range(2) for batch in reader.epoch(epoch)]
     assert "Pillow decodes it" in caplog.text
@@ -294,6 +301,46 @@ def test_a_file_that_fails_in_the_pipeline_costs_nothing_but_itself(train, caplo
         assert batch.bad == [train.paths[7]] * int(lost.sum())
         assert (batch.positions[lost] == 8).all()
         assert torch.equal(batch.images[~lost], before.images[~lost])
+
+
+def dali_threads() -> int:
+    count = 0
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # it may have ended by now
+            count += (task / "comm").read_text().startswith("[DALI]")
+    return count
+
+
+@needs_dali
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads through /proc")
+def test_pipelines_that_fail_are_gone_at_once(train):
+    """Left to the garbage collector, they end in whatever forked process it runs in next, which then hangs."""
+    gc.collect()
+    before = dali_threads()
+    gc.disable()
+    try:
+        spoil(train.paths[7])
+        batches(config("dali-cpu"), train)
+        assert dali_threads() == before
+        for path in train.paths[:EACH]:
+            Path(path).write_bytes(b"rubbish")
+        with pytest.raises(DataError):
+            list(FinetuneReader(config("dali-cpu"), train, 0, 1).epoch(0))
+        assert dali_threads() == before
+    finally:
+        gc.enable()
+
+
+@needs_dali
+def test_other_readers_may_start_while_dali_reads_ahead(train):
+    """An evaluation between two epochs does so."""
+    reader = FinetuneReader(config("dali-cpu"), train, 0, 1)
+    list(reader.epoch(0))
+    expected = batches(config(), train)
+    for _ in range(3):
+        assert_all_same(batches(config(workers=2), train), expected)
+    assert_all_same(list(reader.epoch(1)), batches(config("dali-cpu"), train, 1))
+    reader.close()
 
 
 class _Crashing(LabelledImages):

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from personvit.config import CropsConfig
-from personvit.data import photometry
 from personvit.data.crops import MultiCrop
 from personvit.data.photometry import Photometry, gaussian_kernels
 from personvit.data.views import ViewParameters, draw_views
+from personvit.ops import backend, colour, native
 
 HEIGHT, WIDTH = 128, 64
 CFG = CropsConfig(global_size=(HEIGHT, WIDTH), local_size=(HEIGHT, WIDTH), local_crops=0, mean=(0,) * 3, std=(1,) * 3)
@@ -156,15 +156,20 @@ def test_results_do_not_depend_on_threads_chunks_or_the_rest_of_the_batch(monkey
         torch.set_num_threads(threads)
     for start, stop in ((0, 1), (1, 6), (6, 40)):
         assert torch.equal(by_batch(images[start:stop], drawn.rows(slice(start, stop))), whole[start:stop])
-    monkeypatch.setattr(photometry, "_CHUNK", 1)
-    assert torch.equal(by_batch(images, drawn), whole)
+    for chunk in (1 << 18, 1):
+        monkeypatch.setattr(colour, "_CHUNK", chunk)
+        backend.set_backend("reference")
+        try:
+            assert torch.equal(by_batch(images, drawn), whole)
+        finally:
+            backend.set_backend("auto")
 
 
 def test_a_convolution_and_shifted_sums_are_the_same_bit_for_bit():
     images = torch.from_numpy(pictures(6)).permute(0, 3, 1, 2).float().contiguous()
     kernels = torch.from_numpy(gaussian_kernels(np.linspace(0.3, 2, 6), np.full(6, 6)))
     for dim in (2, 3):
-        one, other = (f(images, kernels, dim) for f in (photometry._convolve, photometry._add_shifted))
+        one, other = (f(images, kernels, dim) for f in (colour._convolve, colour._add_shifted))
         assert torch.equal(one, other)
 
 
@@ -190,3 +195,92 @@ def test_solarize_inverts_from_128_on_and_normalisation_is_the_recipes():
     out = by_batch(images, parameters(4, solarize=np.array([True] * 4)), cfg)
     levels = (out[:, :, 0, 0] / 255) * torch.tensor(cfg.std) + torch.tensor(cfg.mean)
     torch.testing.assert_close(levels * 255, torch.tensor([0.0, 127, 127, 0])[:, None].expand(4, 3), rtol=0, atol=1e-3)
+
+
+def operands(count: int, size: tuple[int, int], seed: int = 0) -> list[torch.Tensor]:
+    """Everything at random, wider than any recipe: colours out of range, all reaches that the size allows."""
+    generator = torch.Generator().manual_seed(seed)
+    radius = torch.randint(0, 1 + min(4, size[0] - 1, size[1] - 1), (count,), generator=generator)
+    sigma = torch.rand(count, generator=generator, dtype=torch.float64) + 0.2
+    kernels = torch.zeros(count, 9)
+    kernels[:, 4 - int(radius.max()) : 5 + int(radius.max())] = torch.from_numpy(
+        gaussian_kernels(sigma.numpy(), radius.numpy())
+    )
+    maps = torch.round((4 * torch.rand(count, 3, 4, generator=generator) - 2) / colour.COLOUR_UNIT) * colour.COLOUR_UNIT
+    return [
+        torch.randint(0, 256, (count, 3, *size), dtype=torch.uint8, generator=generator),
+        maps,
+        kernels,
+        radius,
+        torch.rand(count, generator=generator) < 0.5,
+        torch.tensor([0.485, 0.456, 0.406]),
+        torch.tensor([0.229, 0.224, 0.225]),
+    ]
+
+
+SIZES = [(1, 1), (1, 9), (2, 3), (7, 5), (19, 33), (64, 32), (31, 40), (48, 63), (16, 127), (5, 129)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("count", [1, 19])
+def test_the_native_operator_is_the_reference_bit_for_bit(size, count):
+    assert native.load_cpu() is None, native.BUILD_COMMAND
+    given = operands(count, size)
+    one, other = (torch.full(given[0].shape, torch.nan) for _ in range(2))
+    native.photometry(*given, one)
+    colour._reference(*given, other)
+    assert torch.equal(one, other)  # NaN would not equal itself
+    strided = [given[0].permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), *given[1:]]
+    again = torch.full(given[0].shape, torch.nan)
+    native.photometry(*strided, again)
+    assert torch.equal(again, one)
+
+
+def test_the_mean_grey_is_rounded_as_by_pillow():
+    """Also where it lies half way between two levels, and for more pixels than float32 can add up."""
+    for levels, size in (((1, 0), (1, 1000)), ((127, 128), (300, 300)), ((255, 255), (300, 300))):
+        views = torch.full((1, 3, *size), levels[0], dtype=torch.uint8)
+        views[..., : size[1] // 2] = levels[1]
+        expected = int((levels[0] + levels[1]) / 2 + 0.5)
+        only_mean = torch.tensor([0.0, 0, 0, 1]).expand(1, 3, 4)
+        still = (torch.ones(1, 1), torch.zeros(1, dtype=torch.int64), torch.tensor([False]))
+        for function in (native.photometry, colour._reference):
+            out = torch.empty(views.shape)
+            function(views, only_mean, *still, torch.zeros(3), torch.ones(3), out)
+            torch.testing.assert_close(out * 255, torch.full(views.shape, float(expected)))
+
+
+def test_the_operator_is_registered_as_torch_wants_it():
+    assert native.load_cpu() is None
+    given = operands(4, (9, 8))
+    torch.library.opcheck(torch.ops.personvit.photometry, (*given, torch.empty(given[0].shape)))
+    assert {("photometry", "native"), ("photometry", "reference")} <= set(backend._implementations)
+
+
+@pytest.mark.parametrize(
+    ("place", "change"),
+    [
+        (0, lambda x: x.float()),
+        (0, lambda x: x[:, :2]),
+        (1, lambda x: x[:, :, :3]),
+        (2, lambda x: x[:, :8]),
+        (3, lambda x: x[:2]),
+        (3, lambda x: x - 1),
+        (3, lambda x: x + 5),
+        (4, lambda x: x[:2]),
+        (7, lambda x: x.double()),
+        (7, lambda x: x.transpose(2, 3)),
+    ],
+)
+def test_operands_that_do_not_fit_are_refused(place, change):
+    given = [*operands(4, (9, 9)), torch.zeros(4, 3, 9, 9)]
+    given[place] = change(given[place])
+    with pytest.raises((ValueError, RuntimeError), match="photometry"):
+        colour.photometry(*given)
+    with pytest.raises(RuntimeError, match="photometry"):
+        native.photometry(*given)
+
+
+def test_no_views_are_no_work():
+    given = [*operands(4, (9, 9)), torch.zeros(4, 3, 9, 9)]
+    colour.photometry(*(x[:0] if place not in (5, 6) else x for place, x in enumerate(given)))

@@ -17,6 +17,7 @@ NATIVE = [
     "k_reciprocal",
     "knn",
     "pairwise_distance",
+    "photometry",
     "query_expansion",
     "rank_counts",
     "reciprocal_weights",

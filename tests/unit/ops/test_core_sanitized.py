@@ -33,4 +33,4 @@ def test_core_under_sanitizers(tmp_path: Path) -> None:
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout}\n{result.stderr}"
     assert "100% tests passed" in result.stdout
-    assert "out of 15" in result.stdout
+    assert "out of 18" in result.stdout
