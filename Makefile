@@ -40,10 +40,10 @@ install: $(VENV)/stamp-install  ## .venv with what running needs
 native: $(VENV)/stamp-torch  ## build the C++/CUDA extension again
 	$(PIP) --no-build-isolation --no-deps -e .
 
-demo: install  ## pre-train on generated persons, evaluate, draw the result
+demo: install  ## pre-train and fine-tune on generated persons, evaluate, draw the result
 	$(PY) -m personvit.demo
 
-learn: venv  ## the slow proof that pre-training learns
+learn: venv  ## the slow proof that pre-training and fine-tuning learn
 	$(PY) -m pytest -s --run-slow tests/e2e/test_learning.py
 
 test: venv lint types  ## the whole CPU suite

@@ -28,8 +28,8 @@ import harness
 import torch
 
 from personvit.config import PretrainConfig, load_config
-from personvit.data.loaders import CropBatch
-from personvit.data.masks import BlockMaskGenerator
+from personvit.data.batches import CropBatch, pads_masks
+from personvit.data.masks import BlockMaskGenerator, mask_bound, masked_patches
 from personvit.engine.step import PretrainStep
 from personvit.models.vit import ARCHITECTURES
 from personvit.ops import backend
@@ -85,12 +85,11 @@ class Case:
         generator = torch.Generator().manual_seed(seed)
         grid = tuple(side // cfg.model.patch_size for side in cfg.crops.global_size)
         masks = BlockMaskGenerator(cfg.masks, grid)(2 * self.images, seed).flatten(1)
-        counts = masks.sum(dim=1)
+        bound = mask_bound(cfg.masks, math.prod(grid), 2 * self.images) if pads_masks() else None
         local = cfg.crops.local_crops * self.images
         crops = torch.randn(2 * self.images, 3, *cfg.crops.global_size, generator=generator)
         local_crops = torch.randn(local, 3, *cfg.crops.local_size, generator=generator) if local else None
-        indices = masks.flatten().nonzero().flatten()
-        weights = (1 / counts.clamp(min=1)).repeat_interleave(counts)
+        indices, weights = masked_patches(masks, bound)
         return CropBatch(crops, local_crops, masks, indices, weights, torch.arange(self.images), []).to(self.device)
 
 
@@ -294,7 +293,7 @@ def run_case(case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
     finally:
         for worker in workers.values():
             worker.close()
-    masked = len(case.batch(options.seed).mask_indices) / case.images
+    masked = case.batch(options.seed).masked / case.images
     return report(case, cfg, turns, peaks, losses, flops_per_image(cfg, masked))
 
 

@@ -23,8 +23,8 @@ _VERBS = {
     "export": "write a backbone for other runtimes",
     "visualize": "figures of a run or a model",
     "weights": "what a weight file holds; convert it to another layout",
-    "data": "generate persons, check a data set, pack it into tar shards",
-    "demo": "pre-train on generated persons, evaluate, draw the result",
+    "data": "generate persons, check a data set, pack it into tar shards, split labelled images",
+    "demo": "pre-train and fine-tune on generated persons, evaluate, draw the result",
     "env": "what is on, what is off, why, and how to switch it on",
 }
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from personvit.config import DataConfig, EvaluateConfig, load_config
 from personvit.data.check import SourceReport, scan
 from personvit.data.parallel import worker_count
+from personvit.data.path_sources import FileSource
 from personvit.data.reid.csv_table import read_csv
-from personvit.data.reid.images import FileSource
 from personvit.data.reid.own import own_set
 from personvit.data.reid_sets import ReIDSet, is_labelled, read_reid_set
 from personvit.data.sources import ImageSource, open_source

@@ -222,7 +222,7 @@ def first_readable(
         try:
             return candidate, load(candidate)
         except DataError as error:
-            last = error
+            last = str(error)  # the error itself would hold this frame, and through it the caller's
             bad.append(source.path(candidate))
     raise DataError(
         f"{MAX_UNREADABLE} files in a row are unreadable, up to {last}. Is the storage still mounted, and are these "

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from personvit.config.finetune import FinetuneConfig
 from personvit.data.dali_reader import DaliOrder, Spread
-from personvit.data.path_sources import PathTable, _PathSource
+from personvit.data.path_sources import FileSource
 from personvit.data.reid_sets import ReIDSplit
 from personvit.data.reid_transforms import InputFinish, InputParameters, draw_inputs, resize
 from personvit.data.sources import ImageSource
@@ -86,13 +86,6 @@ class MiniBatch:
         return f"{self.step} of epoch {self.epoch}"
 
 
-class LabelledImages(_PathSource):
-    """The images of a split as a source, without a Python object for each of them."""
-
-    def __init__(self, split: ReIDSplit) -> None:
-        super().__init__("", PathTable(os.fsencode(path) for path in split.paths))
-
-
 class FinetunePlan:
     """How the batches of a rank are made: by `assemble` in reader processes, or as a `DaliPlan`.
 
@@ -109,7 +102,7 @@ class FinetunePlan:
     """
 
     def __init__(self, cfg: FinetuneConfig, train: ReIDSplit, world_size: int, device: torch.device) -> None:
-        self.source: ImageSource = LabelledImages(train)
+        self.source: ImageSource = FileSource(train.paths)
         self.size = cfg.train.batch_size // world_size
         self.views = 1
         self._input, self._seed, self._device = cfg.input, stream_seed(cfg.train.seed, INPUTS), device

@@ -54,7 +54,7 @@ class PathTable:
         return bytes(self._blob[self._offsets[index] : self._offsets[index + 1]])
 
 
-class _PathSource:
+class PathSource:
     """Images at the paths of a table, relative to a root."""
 
     def __init__(self, root: str, table: PathTable) -> None:
@@ -82,7 +82,18 @@ class _PathSource:
         return decode_image(self.read(index), self.path(index))
 
 
-class FolderSource(_PathSource):
+class FileSource(PathSource):
+    """Images at full paths.
+
+    Args:
+        paths: full paths, in the order of the source.
+    """
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        super().__init__("", PathTable(os.fsencode(path) for path in paths))
+
+
+class FolderSource(PathSource):
     """Every image below a folder, in the order of the bytes of the relative paths.
 
     Hidden files and folders (a leading dot, such as macOS's `._name.jpg`) are passed over. A symbolic link to a file
@@ -127,7 +138,7 @@ class FolderSource(_PathSource):
         super().__init__(resolved, table)
 
 
-class ListSource(_PathSource):
+class ListSource(PathSource):
     """Images named by a text file, one path a line, in the order of the lines.
 
     A relative path starts at the root and may not climb out of it; an absolute path is taken as it stands. Empty

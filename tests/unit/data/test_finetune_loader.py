@@ -19,8 +19,9 @@ from PIL import Image
 
 from personvit.config.finetune import FinetuneConfig, FinetuneDataConfig, FinetuneTrainConfig, InputConfig
 from personvit.data.dali_input import plain_jpeg_size
-from personvit.data.finetune_batches import FinetunePlan, LabelledImages
+from personvit.data.finetune_batches import FinetunePlan
 from personvit.data.finetune_loader import FinetuneBatch, FinetuneReader, build_finetune_loader
+from personvit.data.path_sources import FileSource
 from personvit.data.reid_sets import ReIDSplit
 from personvit.errors import ConfigError, DataError
 
@@ -343,7 +344,7 @@ def test_other_readers_may_start_while_dali_reads_ahead(train):
     reader.close()
 
 
-class _Crashing(LabelledImages):
+class _Crashing(FileSource):
     def load(self, index: int) -> Image.Image:
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError
@@ -353,7 +354,7 @@ def test_a_killed_reader_is_a_data_error_with_advice_and_the_next_try_starts_ane
     reader = FinetuneReader(config(workers=1), train, 0, 1)
     plan = reader._plan
     assert isinstance(plan, FinetunePlan)
-    sound, plan.source = plan.source, _Crashing(train)
+    sound, plan.source = plan.source, _Crashing(train.paths)
     with pytest.raises(DataError, match=r"reader process died.*data\.num_workers=0"):
         list(reader.epoch(0))
     plan.source = sound
