@@ -16,9 +16,9 @@ class DataConfig:
     """Where images come from and how they are read."""
 
     name: str = "auto"
-    """auto, generated, folder, list, lmdb, shards, or a labelled layout (market1501 ...). auto looks at `data.root`."""
+    """auto (looks at `data.root`), generated, folder, list, lmdb, shards, csv, or a labelled set (market1501 ...)."""
     root: str | None = None
-    """Folder, text file of paths, LMDB database or tar shards. None: generated persons in the cache folder."""
+    """Folder, text file of paths, LMDB database, tar shards or CSV. None: generated persons in the cache folder."""
     loader: str = "auto"
     """auto, dali-gpu, dali-cpu or torchvision. auto: the first of them that can run here."""
     num_workers: int = -1
