@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
             image_size=size,
             backbone_only=given.backbone_only,
         )
-        text = f"{done.info.table()}\n{done.table()}"
+        text = f"{done.info.description()}\n{done.table()}"
     sys.stdout.write(text + "\n")
     return 0
 
@@ -96,6 +96,8 @@ def _inspect(parts: WeightParts, info: WeightsInfo, as_json: bool) -> str:
 
 
 def _short(value: Any) -> str:
+    if value is None:
+        return "not stated"
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 100 else f"{text[:100]}... (--json shows all)"
 

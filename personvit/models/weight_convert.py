@@ -53,7 +53,7 @@ class Conversion:
     """Names that were multiplied into others."""
 
     def table(self) -> str:
-        """Readable summary of both files."""
+        """Readable: what was written and what was not."""
         rows = [("written", f"{self.out} ({self.target}): {len(self.written)} tensors")]
         for title, names in (("left out", self.left_out), ("multiplied in", self.folded)):
             if names:

@@ -68,8 +68,8 @@ class WeightsInfo:
         """Rows and columns of the position table."""
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
-    def table(self) -> str:
-        """Readable summary: file, layout, architecture, and what was loaded, resized, folded, dropped and missing."""
+    def description(self) -> str:
+        """Readable: file, layout, architecture, input, neck."""
         rows = [
             ("file", self.path),
             ("layout", self.layout),
@@ -84,12 +84,17 @@ class WeightsInfo:
             rows.append(("neck", f"{self.num_ids} identities, feature {self.neck_feat} the batch norm"))
         if self.num_cameras:
             rows.append(("cameras", f"vectors for {self.num_cameras}"))
+        return "\n".join(f"{title:<13} {value}" for title, value in rows)
+
+    def table(self) -> str:
+        """The description, and what was loaded, resized, folded, dropped and missing."""
+        rows = []
         for title in ("loaded", "resized", "folded", "dropped", "missing"):
             names: tuple[str, ...] = getattr(self, title)
             if names or title != "folded":
                 shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
                 rows.append((title, f"{len(names)}  {shown}".rstrip()))
-        return "\n".join(f"{title:<13} {value}" for title, value in rows)
+        return "\n".join([self.description(), *(f"{title:<13} {value}" for title, value in rows)])
 
 
 def prepare(parts: WeightParts, image_size: tuple[int, int] | None = None) -> tuple[dict[str, Tensor], WeightsInfo]:
