@@ -40,7 +40,7 @@ from random weights. Pre-training, without names: of {views} augmented images, t
 for {before:.1f} % before and {after:.1f} % after it (guessing: {chance:.1f} %).
 What this shows: every part works on this machine. What it cannot show: how good PersonViT is. This is a {arch} at
 {height}x{width} after {steps} steps on drawn persons; the paper pre-trains a ViT-S or ViT-B at 256x128 for 300 epochs
-on 4 million crops. Self-distillation needs thousands of steps before fine-tuning gains from it; so few can cost some.\
+on 4 million crops. So few steps of self-distillation can make a worse start than none (docs/learning.md).\
 """
 
 
