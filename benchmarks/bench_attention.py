@@ -176,7 +176,7 @@ def measure_case(
                     "model": case.model,
                     "images": case.images,
                     "tokens": case.length,
-                    "cache": "cold" if cold else "warm",
+                    "cold": cold,
                     "floor_s": least,
                     "byte_rate": rates.bytes,
                     "flop_rate": rates.flops,
@@ -186,7 +186,8 @@ def measure_case(
                 ratio = times[EAGER].at(50) / measured.at(50) if EAGER in times else float("nan")
                 best = f"{stock / measured.at(50):>8.2f}" if stock is not None else f"{'-':>8}"
                 quantiles = "".join(f"{1e6 * measured.at(p):>10.1f}" for p in (20, 50, 80))
-                where = f"{case.model} {case.images:>4} {case.length:>4} {work:<17}{facts['cache']:<5} {name:<15}"
+                cache = "cold" if cold else "warm"
+                where = f"{case.model} {case.images:>4} {case.length:>4} {work:<17}{cache:<5} {name:<15}"
                 print(
                     f"{where}{quantiles}{ratio:>8.2f}{best}{least / measured.at(50):>8.0%}",
                     flush=True,

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import goals
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -36,6 +38,12 @@ KIND = (
     *("op", "backend", "shape", "dtype", "scale", "recipe", "model", "cold", "source", "workers", "device"),
     *("decode", "hw_decoder_load"),
 )
+GOALS = """
+## Goals on a GPU
+
+Set before anything had run on one, from the bytes and products of each piece of work (`benchmarks/goals.py`); attention
+is that of one layer of ViT-S, 128 images, cold cache.
+"""
 NOT_MEASURED = "**Not measured: no GPU was at hand.** `make bench-gpu` on a machine that has one adds the rows.\n"
 
 
@@ -280,6 +288,17 @@ def page() -> str:
         for group in groups_of(rows, "device").values():
             threads = "" if group[0].get("cuda") else f", {group[0]['threads']} threads"
             parts.append(f"\n{group[0]['device']}{threads}:\n\n" + "\n".join(section.table(group)).rstrip("\n") + "\n")
+    parts.append(GOALS)
+    rows_by_device: dict[str, goals.Results] = {}
+    for name in goals.FILES:
+        for row in load(name):
+            if row.get("cuda"):
+                rows_by_device.setdefault(row["device"], {}).setdefault(name, []).append(row)
+    if not rows_by_device:
+        parts.append(f"\n{NOT_MEASURED}")
+    for device, results in rows_by_device.items() or [("", {})]:
+        table = grid(["goal", "must", "reach", "measured", ""], goals.lines(results))
+        parts.append(f"\n{device + ':' if device else 'The goals:'}\n\n" + "\n".join(table) + "\n")
     return "".join(parts)
 
 
