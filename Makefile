@@ -4,14 +4,23 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip --disable-pip-version-check install --quiet -c constraints.txt
+# make test-gpu PY=python3: an environment of your own, where the extension has been built. Nothing is installed then.
+ifeq ($(origin PY),command line)
+  RUN_ENV :=
+  DEV_ENV :=
+else
+  RUN_ENV := install
+  DEV_ENV := venv
+endif
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
 NATIVE := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt constraints.txt csrc/torch_paths.py $(filter csrc/%,$(NATIVE))
+SANITIZED := tests/gpu/test_native_cuda.py tests/gpu/test_retrieval_cuda.py
 BENCHMARKS := $(sort $(wildcard benchmarks/bench_*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install native demo learn test test-gpu bench bench-gpu lint format types clean
+.PHONY: help venv install native demo learn test test-gpu sanitize-gpu bench bench-gpu lint format types clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)$$/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
@@ -40,23 +49,29 @@ install: $(VENV)/stamp-install  ## .venv with what running needs
 native: $(VENV)/stamp-torch  ## build the C++/CUDA extension again
 	$(PIP) --no-build-isolation --no-deps -e .
 
-demo: install  ## pre-train and fine-tune on generated persons, evaluate, draw the result
+demo: $(RUN_ENV)  ## pre-train and fine-tune on generated persons, evaluate, draw the result
 	$(PY) -m personvit.demo
 
-learn: venv  ## the slow proof that pre-training and fine-tuning learn
+learn: $(DEV_ENV)  ## the slow proof that pre-training and fine-tuning learn
 	$(PY) -m pytest -s --run-slow tests/e2e/test_learning.py
 
 test: venv lint types  ## the whole CPU suite
 	$(PY) -m pytest
 
-test-gpu: venv  ## what needs a CUDA device; a skip is a failure
+test-gpu: $(DEV_ENV)  ## what needs a CUDA device; a skip is a failure
 	$(PY) -m pytest --require-gpu tests/gpu
 
-bench: venv  ## every benchmark on what this machine has; tables in docs/benchmarks.md
+sanitize-gpu: $(DEV_ENV)  ## the extension's CUDA operators under compute-sanitizer
+	@command -v compute-sanitizer >/dev/null || { echo "make sanitize-gpu: no compute-sanitizer on PATH; it comes with the CUDA toolkit, in its bin/"; exit 1; }
+	@for tool in memcheck racecheck initcheck synccheck; do echo "== $$tool"; PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+	  compute-sanitizer --tool $$tool --error-exitcode 86 --kernel-name kns=personvit \
+	  $(PY) -m pytest -q --require-gpu --timeout 1800 $(SANITIZED) || exit 1; done
+
+bench: $(DEV_ENV)  ## every benchmark on what this machine has; tables in docs/benchmarks.md
 	@for script in $(BENCHMARKS); do echo "== $$script"; $(PY) $$script || exit 1; done
 	@$(PY) benchmarks/tables.py
 
-bench-gpu: venv  ## every benchmark, refused without a CUDA device
+bench-gpu: $(DEV_ENV)  ## every benchmark, refused without a CUDA device
 	@$(PY) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make bench-gpu: no CUDA device; see $(PY) -m personvit.env')"
 	@for script in $(BENCHMARKS); do echo "== $$script"; $(PY) $$script || exit 1; done
 	@$(PY) benchmarks/tables.py

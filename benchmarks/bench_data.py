@@ -246,12 +246,12 @@ def _print_ratios(times: dict[Variant, list[float]]) -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = [1, 2] if not torch.cuda.is_available() else [2, 8, 16]
+    default = [1, 2] if not torch.cuda.is_available() else [4, 16]
     parser.add_argument("--root", help="images; default: generated persons")
     parser.add_argument("--recipe", default="vit_small_luperson", help="crops of this recipe (default %(default)s)")
     parser.add_argument("--batch-size", type=int, default=128 if torch.cuda.is_available() else 64)
-    parser.add_argument("--batches", type=int, default=100 if torch.cuda.is_available() else 8, help="timed, a turn")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batches", type=int, default=32 if torch.cuda.is_available() else 8, help="timed, a turn")
+    parser.add_argument("--rounds", type=int, default=3 if torch.cuda.is_available() else 5)
     parser.add_argument("--workers", type=int, nargs="+", default=default, help="processes or threads (%(default)s)")
     step = parser.add_mutually_exclusive_group()
     step.add_argument("--train", action="store_true", help="also measure the waiting of real steps of the recipe")

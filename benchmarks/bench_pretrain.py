@@ -155,6 +155,11 @@ class Worker:
         """(loss, CLS, patch, gradient norm) of the first steps from the initial weights."""
         return [dataclasses.astuple(self._one(FIRST_STEP + n))[:4] for n in range(COMPARED_STEPS)]
 
+    def steps(self, count: int) -> None:
+        """Some steps in a row."""
+        for _ in range(count):
+            self._one()
+
     def time(self, steps: int) -> dict[str, Any]:
         """Seconds of some steps in a row, after one that does not count.
 
