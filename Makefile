@@ -18,6 +18,9 @@ NATIVE := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.c
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt constraints.txt csrc/torch_paths.py $(filter csrc/%,$(NATIVE))
 SANITIZED := tests/gpu/test_native_cuda.py tests/gpu/test_retrieval_cuda.py
 BENCHMARKS := $(sort $(wildcard benchmarks/bench_*.py))
+# One that fails keeps no other from running.
+RUN_BENCHMARKS = @failed=; for script in $(BENCHMARKS); do echo "== $$script"; $(PY) $$script || failed="$$failed $$script"; done; \
+	  $(PY) benchmarks/tables.py; [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 
 .DEFAULT_GOAL := help
 .PHONY: help venv install native demo learn test test-gpu sanitize-gpu bench bench-gpu lint format types clean
@@ -68,13 +71,11 @@ sanitize-gpu: $(DEV_ENV)  ## the extension's CUDA operators under compute-saniti
 	  $(PY) -m pytest -q --require-gpu --timeout 1800 $(SANITIZED) || exit 1; done
 
 bench: $(DEV_ENV)  ## every benchmark on what this machine has; tables in docs/benchmarks.md
-	@for script in $(BENCHMARKS); do echo "== $$script"; $(PY) $$script || exit 1; done
-	@$(PY) benchmarks/tables.py
+	$(RUN_BENCHMARKS)
 
 bench-gpu: $(DEV_ENV)  ## every benchmark, refused without a CUDA device
 	@$(PY) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make bench-gpu: no CUDA device; see $(PY) -m personvit.env')"
-	@for script in $(BENCHMARKS); do echo "== $$script"; $(PY) $$script || exit 1; done
-	@$(PY) benchmarks/tables.py
+	$(RUN_BENCHMARKS)
 
 lint: venv  ## ruff and clang-format, without changing a file
 	$(VENV)/bin/ruff check .
