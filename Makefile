@@ -23,7 +23,7 @@ RUN_BENCHMARKS = @failed=; for script in $(BENCHMARKS); do echo "== $$script"; $
 	  $(PY) benchmarks/tables.py; [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install native demo learn test test-gpu sanitize-gpu bench bench-gpu evidence lint format types clean
+.PHONY: help venv install native demo learn test test-gpu sanitize-gpu bench bench-gpu tune-gpu evidence lint format types clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)$$/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
@@ -76,6 +76,9 @@ bench: $(DEV_ENV)  ## every benchmark on what this machine has; tables in docs/b
 bench-gpu: $(DEV_ENV)  ## every benchmark, refused without a CUDA device
 	@$(PY) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make bench-gpu: no CUDA device; see $(PY) -m personvit.env')"
 	$(RUN_BENCHMARKS)
+
+tune-gpu: $(DEV_ENV)  ## measure other launch parameters of the Triton kernels, and say what to freeze
+	@$(PY) benchmarks/tune.py
 
 evidence: $(DEV_ENV)  ## what pre-training is worth as a start: four arms, three seeds, on a GPU; docs/evidence.md
 	@$(PY) benchmarks/evidence.py

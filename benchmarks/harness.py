@@ -81,7 +81,13 @@ def measure(
 
 
 def measure_device(
-    work: Callable[[], Any], device: str, *, cold: bool = False, repeats: int = 50, warmup: int = 5
+    work: Callable[[], Any],
+    device: str,
+    *,
+    cold: bool = False,
+    repeats: int = 50,
+    warmup: int = 5,
+    spin_cycles: int = _SPIN_CYCLES,
 ) -> Measurement:
     """What `work` costs the device.
 
@@ -94,6 +100,7 @@ def measure_device(
         cold: overwrite the L2 cache (CPU: 64 MiB) before each call. Else inputs may lie in it from the call before.
         repeats: timed calls; at most 5 on a CPU.
         warmup: calls before; at most 1 on a CPU.
+        spin_cycles: how long the spinning kernel spins; more where the host takes over a millisecond for a call.
     """
     flush = _flusher(device) if cold else None
     if not device.startswith("cuda"):
@@ -106,7 +113,7 @@ def measure_device(
         for begin, end in events:
             if flush is not None:
                 flush()
-            torch.cuda._sleep(_SPIN_CYCLES)
+            torch.cuda._sleep(spin_cycles)
             begin.record()
             work()
             end.record()

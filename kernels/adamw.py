@@ -238,7 +238,7 @@ def _adamw_ema(
     if not len(parameters):
         return
     device = parameters[0].device
-    chunks = _chunks(tuple(parameter.numel() for parameter in parameters), device)
+    chunks = _chunks(tuple(parameter.numel() for parameter in parameters), CHUNK, device)
     if not len(chunks):
         return
     table = np.zeros((len(parameters), _COLUMNS), dtype=np.int64)
@@ -274,9 +274,9 @@ def _(*_: object) -> None:
 
 
 @functools.lru_cache(maxsize=8)  # the prototypes join after the first epoch: two sets of sizes in a run
-def _chunks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+def _chunks(sizes: tuple[int, ...], chunk: int, device: torch.device) -> Tensor:
     """[programs, 2] int32: tensor, and which chunk of it."""
-    counts = [math.ceil(size / CHUNK) for size in sizes]
+    counts = [math.ceil(size / chunk) for size in sizes]
     tensors = np.repeat(np.arange(len(sizes)), counts)
     numbers = np.concatenate([np.arange(count) for count in counts])
     return _send(np.stack([tensors, numbers], axis=1).astype(np.int32), device)

@@ -61,11 +61,22 @@ def all_builds() -> Iterator[tuple[int, Build]]:
 
 def compile_build(number: int, sm: int) -> dict[str, Any]:
     """Compile configuration `number` for an architecture; a row with what it takes and what exceeds the budget."""
+    build = next(b for n, b in all_builds() if n == number)
+    row = usage(build, sm)
+    allowed = build.spills.get(sm, 0)
+    limits = {"registers": build.registers, "shared": build.shared, "spills": allowed}
+    row["over"] = {name: limit for name, limit in limits.items() if row[name] > limit}
+    if allowed and not build.reason:
+        row["over"]["reason"] = "spills are allowed without a reason"
+    return row
+
+
+def usage(build: Build, sm: int) -> dict[str, Any]:
+    """Compile a configuration for an architecture; a row with what it takes."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    build = next(b for n, b in all_builds() if n == number)
     names = build.kernel.arg_names
     # Pointers are multiples of 16 bytes, as `inputs.layout` demands and the launcher would specialise them.
     pointers = [i for i, n in enumerate(names) if build.signature.get(n, "").startswith("*")]
@@ -81,13 +92,13 @@ def compile_build(number: int, sm: int) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = _tool("cuobjdump", "-res-usage", file.name)
+        resources = _tool("cuobjdump", "-res-usage", file.name)
         code = _tool("nvdisasm", file.name)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", resources)
     if found is None:
-        raise RuntimeError(f"cuobjdump printed no resource usage for {build.name}: {usage[:200]}")
+        raise RuntimeError(f"cuobjdump printed no resource usage for {build.name}: {resources[:200]}")
     count = {word: len(re.findall(rf"\b{word}", code)) for word in ("STL", "LDL", "HMMA", "HGMMA", "UTCHMMA")}
-    row = {
+    return {
         "name": build.name,
         "sm": sm,
         "warps": build.num_warps,
@@ -98,12 +109,6 @@ def compile_build(number: int, sm: int) -> dict[str, Any]:
         "shared": compiled.metadata.shared,
         "matmul": "/".join(word for word in ("HMMA", "HGMMA", "UTCHMMA") if count[word]),
     }
-    allowed = build.spills.get(sm, 0)
-    limits = {"registers": build.registers, "shared": build.shared, "spills": allowed}
-    row["over"] = {name: limit for name, limit in limits.items() if row[name] > limit}
-    if allowed and not build.reason:
-        row["over"]["reason"] = "spills are allowed without a reason"
-    return row
 
 
 def _tool(name: str, *arguments: str) -> str:

@@ -32,9 +32,6 @@ MAX_WIDTH = 1 << 20
 RESIDENT_TYPES = (torch.float16, torch.bfloat16)
 """Types whose products run on tensor cores; operands of others would take too many registers."""
 
-NUM_STAGES = 1
-"""What a program loads, it loads at once: there is nothing to run ahead of."""
-
 
 class Tile(NamedTuple):
     """Launch of a kernel that holds a whole sequence and head, and what it takes when compiled."""
@@ -46,6 +43,8 @@ class Tile(NamedTuple):
     """Most of sm_80, sm_90 and sm_100, per thread."""
     shared: int
     """Likewise, in bytes."""
+    num_stages: int = 1
+    """Blocks of queries on the way or at work; keys and values are loaded at once."""
 
 
 # By (rows of the tile, CLS split off, head dimension). The backward pass takes few rows at a time: a gradient of keys
@@ -328,7 +327,7 @@ def _tile(table: dict[tuple[int, bool, int], Tile], qkv: Tensor, length: int) ->
     key = (block, split, qkv.shape[3])
     if qkv.dtype not in RESIDENT_TYPES or key not in table:
         return None
-    return {**_constexprs(key, table[key]), "num_warps": table[key].num_warps, "num_stages": NUM_STAGES}
+    return {**_constexprs(key, table[key]), "num_warps": table[key].num_warps, "num_stages": table[key].num_stages}
 
 
 def _constexprs(key: tuple[int, bool, int], tile: Tile) -> dict[str, int | float]:
@@ -350,7 +349,7 @@ def builds() -> list[Build]:
                     signature={argument: kind for argument, kind in types.items() if argument in kernel.arg_names},
                     constexprs=_constexprs(key, tile),
                     num_warps=tile.num_warps,
-                    num_stages=NUM_STAGES,
+                    num_stages=tile.num_stages,
                     registers=tile.registers,
                     shared=tile.shared,
                 )

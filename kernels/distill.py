@@ -29,14 +29,18 @@ class _Launch(NamedTuple):
 
 
 _WIDE, _MEDIUM, _NARROW = 16384, 4096, 128
+LAUNCHES = {"wide": _Launch(4096, 8, 3, 16), "medium": _Launch(4096, 8, 3, 32)}
+"""At the widths of the recipes, above _WIDE and from _MEDIUM on: 16 columns per thread."""
+_LOOP_STAGES = 3
+"""Triton's default, which the launches leave: loops over rows say themselves how many are on the way."""
 
 
 def _launch(width: int) -> _Launch:
-    """Configuration for a number of prototypes; at the widths of the recipes 16 columns per thread."""
+    """Configuration for a number of prototypes."""
     if width > _WIDE:
-        return _Launch(4096, 8, 3, 16)
+        return LAUNCHES["wide"]
     if width >= _MEDIUM:
-        return _Launch(4096, 8, 3, 32)
+        return LAUNCHES["medium"]
     return _Launch(max(_NARROW, triton.next_power_of_2(width)), 4, 3, 32)
 
 
@@ -266,5 +270,5 @@ def _builds(width: int, crops: int, dtype: str) -> list[Build]:
         signature = {n: types.get(n, "*fp32") for n in kernel.arg_names if n not in constants}
         budget = (32, 0) if name.endswith("rows") else (registers, tiles)
         label = f"distill {name} {dtype} K={width} Q={crops}"
-        found.append(Build(label, kernel, signature, constants, warps, config.stages, *budget))
+        found.append(Build(label, kernel, signature, constants, warps, _LOOP_STAGES, *budget))
     return found

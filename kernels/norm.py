@@ -300,6 +300,7 @@ def builds() -> list[Build]:
             add = f"add norm D={width} {kind}"
             found += [
                 row_build(f"{add} forward", _add_norm_forward, forward, width, FORWARD_REGISTERS),
+                row_build(f"{add} forward, no gamma", _add_norm_forward, forward, width, FORWARD_REGISTERS, "gamma"),
                 row_build(f"{add} backward", _add_norm_backward, backward, width, BACKWARD_REGISTERS),
                 row_build(
                     f"{add} backward, no gamma", _add_norm_backward, backward, width, BACKWARD_REGISTERS, "gamma branch"

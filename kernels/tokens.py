@@ -344,7 +344,7 @@ def builds() -> list[Build]:
         build
         for width in (384, 768)
         for low in ("bf16", "fp32")
-        for length, masked, turned in ((128, True, True), (128, True, False), (32, False, True))
+        for length, masked, turned in ((128, True, True), (128, True, False), (32, False, True), (32, False, False))
         for build in _builds_of(length, width, low, masked, turned)
     ]
 
