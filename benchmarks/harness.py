@@ -11,6 +11,7 @@ import datetime
 import gc
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import time
@@ -314,7 +315,7 @@ def _commit() -> str:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
         return git("rev-parse", "--short", "HEAD") + ("-changed" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("PERSONVIT_COMMIT", "unknown")  # of a copy without its repository
 
 
 def _driver() -> str | None:

@@ -160,3 +160,13 @@ def test_retrieval_benchmark_knows_goals_of_scales_that_exist(harness, monkeypat
     data = bench.generate(bench.Scale(20, 60, 10, 3), 0, "cpu")
     np.testing.assert_allclose(data.gallery.features.norm(dim=1), 1, atol=1e-6)
     assert data.gallery.features.shape == (60, bench.WIDTH)
+
+
+def test_commit_of_a_copy_without_its_repository(harness, tmp_path, monkeypatch):
+    own = harness._commit()
+    monkeypatch.setenv("PERSONVIT_COMMIT", "abc1234")
+    assert harness._commit() == own  # a repository knows better
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    assert harness._commit() == "abc1234"
+    monkeypatch.delenv("PERSONVIT_COMMIT")
+    assert harness._commit() == "unknown"
