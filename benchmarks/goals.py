@@ -52,9 +52,9 @@ def median(rows: Iterable[Row], backend: str, **wanted: Any) -> float | None:
     return found[-1]["p50"] if found else None
 
 
-def quotient(one: float | None, other: float | None, factor: float = 1.0) -> float | None:
+def quotient(one: float | None, other: float | None) -> float | None:
     """one / other, where both are known."""
-    return None if one is None or other is None else factor * one / other
+    return None if one is None or other is None else one / other
 
 
 def attention(results: Results, backend: str, work: str, tokens: int) -> float | None:
